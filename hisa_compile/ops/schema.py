@@ -18,8 +18,10 @@ from .visibility import Visibility
 OP_NAME = "hisa::indexer_topk"
 
 _library = torch.library.Library("hisa", "DEF")
+# Tensors that are keyword-only in the schema can't have an autograd formula; the public function below is
+# where the optional arguments are keyword-only.
 _library.define(
-    "indexer_topk(Tensor q, Tensor k, Tensor weights, SymInt topk, *, int? block_size=None, int? block_topk=None, "
+    "indexer_topk(Tensor q, Tensor k, Tensor weights, SymInt topk, int? block_size=None, int? block_topk=None, "
     "Tensor? window_start=None, Tensor? window_end=None, Tensor? key_valid=None, Tensor? mask=None, "
     "Tensor? k_scale=None, bool sorted=True, bool mark_hidden=False) -> (Tensor indices, Tensor scores)",
     # Any input layout is read in place, so Inductor need not copy to fixed strides.
@@ -32,7 +34,6 @@ def _run(
     k: Tensor,
     weights: Tensor,
     topk: int,
-    *,
     block_size: int | None = None,
     block_topk: int | None = None,
     window_start: Tensor | None = None,
@@ -62,7 +63,6 @@ def _meta(
     k: Tensor,
     weights: Tensor,
     topk: int | torch.SymInt,
-    *,
     block_size: int | None = None,
     block_topk: int | None = None,
     window_start: Tensor | None = None,

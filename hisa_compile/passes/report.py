@@ -1,0 +1,107 @@
+"""What the pass saw and did: one :class:`Site` for every top-k and sort of a graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from ..ops.budget import Budget
+
+# The number of tokens a query's indexer sees, in the work expressions.
+T = sympy.Symbol("T", integer=True, positive=True)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One selection (top-k or sort) in a graph.
+
+    op: "topk" or "sort".  module: dotted module path and class, "" if the graph does not say.
+    location: "file:line" of the model's own code, "" if the graph does not say.
+    reason: why it was left alone; "" if it was rewritten.
+    topk, heads, head_dim, budget: the indexer's sizes where one was recognised (also if it was then left
+        alone by choice); None where it was not.
+    notes: what a reader should know besides, e.g. that the score matrix is kept for another consumer.
+    """
+
+    op: str
+    module: str = ""
+    location: str = ""
+    reason: str = ""
+    topk: int | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+    budget: Budget | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rewritten(self) -> bool:
+        return not self.reason
+
+    @property
+    def exact_up_to(self) -> int | None:
+        """Visible tokens up to which the selection is the flat one: m * B (paper section 3)."""
+        return None if self.budget is None else self.budget.candidates
+
+    @property
+    def work_before(self) -> sympy.Expr | None:
+        """Multiply-adds a query of the flat indexer, in T."""
+        if self.heads is None or self.head_dim is None:
+            return None
+        return sympy.Integer(self.heads) * self.head_dim * T
+
+    @property
+    def work_after(self) -> sympy.Expr | None:
+        """Multiply-adds a query of HISA, in T: one key a block, then at most m * B tokens."""
+        if self.heads is None or self.head_dim is None or self.budget is None:
+            return None
+        refined = sympy.Min(T, self.budget.candidates)
+        coarse = sympy.ceiling(T / self.budget.block_size)
+        return sympy.Integer(self.heads) * self.head_dim * sympy.Piecewise(
+            (T, T <= self.budget.candidates), (coarse + refined, True)
+        ).subs(refined, self.budget.candidates)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Site:
+        budget = data["budget"]
+        return cls(**{**data, "budget": budget and Budget(*budget), "notes": tuple(data["notes"])})
+
+    def __str__(self) -> str:
+        where = " ".join(part for part in (self.module or "(no module)", self.location) if part)
+        if self.rewritten:
+            assert self.budget is not None
+            lines = [
+                f"{where}: {self.op}({self.topk}) rewritten, block_size={self.budget.block_size} "
+                f"block_topk={self.budget.block_topk}, exact up to {self.exact_up_to} visible tokens",
+                f"    multiply-adds a query: {self.work_before} before, {self.work_after} after",
+            ]
+        else:
+            lines = [f"{where}: {self.op} left alone: {self.reason}"]
+        return "\n".join(lines + [f"    note: {note}" for note in self.notes])
+
+
+@dataclass(frozen=True)
+class Report:
+    """All selections of one or more compiled graphs."""
+
+    sites: tuple[Site, ...] = ()
+
+    @property
+    def rewritten(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.rewritten)
+
+    @property
+    def left_alone(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if not site.rewritten)
+
+    def summary(self) -> str:
+        """One line: how many selections were seen, how many were rewritten."""
+        return f"{len(self.rewritten)} of {len(self.sites)} selections (top-k or sort) rewritten to hisa::indexer_topk"
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary(), *map(str, self.sites)])
