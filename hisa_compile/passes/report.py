@@ -54,14 +54,12 @@ class Site:
 
     @property
     def work_after(self) -> sympy.Expr | None:
-        """Multiply-adds a query of HISA, in T: one key a block, then at most m * B tokens."""
+        """Multiply-adds a query of HISA, in T: all tokens while they fit the budget m * B, else one mean a block and m * B tokens."""
         if self.heads is None or self.head_dim is None or self.budget is None:
             return None
-        refined = sympy.Min(T, self.budget.candidates)
-        coarse = sympy.ceiling(T / self.budget.block_size)
-        return sympy.Integer(self.heads) * self.head_dim * sympy.Piecewise(
-            (T, T <= self.budget.candidates), (coarse + refined, True)
-        ).subs(refined, self.budget.candidates)
+        candidates = self.budget.candidates
+        pruned = sympy.ceiling(T / self.budget.block_size) + candidates
+        return sympy.Integer(self.heads) * self.head_dim * sympy.Piecewise((T, T <= candidates), (pruned, True))
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -1,8 +1,290 @@
-"""Placeholder."""
-from __future__ import annotations
-import torch
-from .report import Site
-from .settings import PassSettings
+"""The pass: every selection of a graph is read, and those that are proved to be indexers are rewritten.
 
-def rewrite_indexers(graph: torch.fx.Graph, settings: PassSettings) -> list[Site]:
-    raise NotImplementedError
+Works in place on a graph of ATen operations whose nodes carry ``meta["val"]``, functional (Inductor's joint
+graph hook, AOTAutograd, a decomposed exported program) or not (then a mutation in between rules a site out).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+
+import sympy
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import Graph, Node
+
+from ..ops.budget import Budget, resolve_budget
+from ..ops.validate import KEY_DTYPES, WEIGHT_DTYPES
+from .axes import Access, Index, same_size, shape_of
+from .emit import Emitter, index_of, product_of_sizes
+from .normal_form import IndexerForm, NotAnIndexer, describe_indexer
+from .report import Site
+from .selection import Selection, module_path, selections, source_location
+from .settings import Mark, PassSettings, mark_of
+
+aten = torch.ops.aten
+
+
+def rewrite_indexers(graph: Graph, settings: PassSettings) -> list[Site]:
+    """Rewrite every proved indexer of ``graph`` to ``hisa::indexer_topk``; one :class:`Site` a selection.
+
+    A graph in which nothing is rewritten comes back untouched, node for node.
+    """
+    found = selections(graph)
+    sites = [_visit(graph, node, settings) for node in found]
+    if any(site.rewritten for site in sites):
+        graph.lint()
+    return sites
+
+
+def _visit(graph: Graph, node: Node, settings: PassSettings) -> Site:
+    op = "topk" if "topk" in str(node.target) else "sort"
+    module, location = module_path(node), source_location(node)
+    mark = mark_of(node)
+    topk = heads = head_dim = budget = None
+    try:
+        selection = Selection.read(node)
+        form = describe_indexer(selection.score, selection.dim)
+        topk = selection.topk
+        heads, head_dim = _number(form.heads), _number(form.features)
+        _check_obligations(graph, selection, form)
+        budget = _budget(topk, settings, mark)
+        _replace(graph, selection, form, budget)
+    except NotAnIndexer as reason:
+        return Site(op, module, location, str(reason), topk, heads, head_dim)
+    return Site(op, module, location, "", topk, heads, head_dim, budget, _kept_alive(graph, form))
+
+
+def _number(axes: Index) -> int | None:
+    size = product_of_sizes(axes)
+    return int(size) if size.is_Integer else None
+
+
+def _budget(topk: int, settings: PassSettings, mark: Mark | None) -> Budget:
+    if mark is not None and not mark.enabled:
+        raise NotAnIndexer("an indexer, opted out by its mark (enabled=False)")
+    if mark is None and settings.scope == "marked":
+        raise NotAnIndexer('an indexer, not in a marked region while hisa.scope is "marked"')
+    try:
+        return resolve_budget(topk, *settings.budget_at(mark))
+    except ValueError as error:
+        raise NotAnIndexer(f"an indexer, but the budget does not fit: {error}") from None
+
+
+# Obligations ----------------------------------------------------------------------------------------------------
+
+
+def _check_obligations(graph: Graph, selection: Selection, form: IndexerForm) -> None:
+    """What must hold besides the form of the score."""
+    device = selection.score.meta["val"].device
+    if device.type not in ("cpu", "cuda"):
+        raise NotAnIndexer(f"an indexer, but the operator has no kernel for device {device.type}")
+    if not math.isfinite(form.scale) or not math.isfinite(form.inner_scale) or form.inner_scale == 0:
+        raise NotAnIndexer(f"the score is scaled by {form.inner_scale} inside and {form.scale} outside the ReLU")
+    for condition in form.conditions:
+        if condition.access.node.meta["val"].dtype != torch.bool:
+            raise NotAnIndexer(f"the mask {condition.access.node.name} is not bool")
+    for access in _operands(form):
+        if access.node.meta["val"].device != device:
+            raise NotAnIndexer(f"{access.node.name} is on another device than the score")
+    if selection.values:
+        if any(node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes):
+            raise NotAnIndexer("its values are used in a training graph, where a gradient may flow through them")
+        if any(fill != -math.inf for fill in form.fills) and (form.additive_mask or len(form.fills) > 1):
+            raise NotAnIndexer("its values are used, and the mask does not set hidden ones to one value")
+    _check_mutations(graph, selection, form)
+
+
+def _operands(form: IndexerForm) -> list[Access]:
+    assert form.key is not None
+    return [*form.query, *form.row_factors, form.key, *form.key_factors, *form.weights] + [
+        condition.access for condition in form.conditions
+    ]
+
+
+def _check_mutations(graph: Graph, selection: Selection, form: IndexerForm) -> None:
+    """In a graph that is not functional: nothing read by the indexer is written to before the selection."""
+    nodes = list(graph.nodes)
+    nodes = nodes[: nodes.index(selection.node)]
+    used = {*form.chain, *(access.node for access in _operands(form))}
+    started = False
+    roots: set[Node] | None = None
+    for node in nodes:
+        started = started or node in used
+        if started and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            roots = roots or {_storage_of(n) for n in used}
+            for spec, value in zip(node.target._schema.arguments, node.args, strict=False):
+                written = spec.alias_info is not None and spec.alias_info.is_write
+                if written and isinstance(value, Node) and _storage_of(value) in roots:
+                    raise NotAnIndexer(f"{value.name} is written to by {node.name} before the selection")
+
+
+def _storage_of(node: Node) -> Node:
+    """The node whose storage this one may share: views and in-place results are followed to their source."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        target = node.target
+        aliases = target is operator.getitem or (
+            isinstance(target, torch._ops.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
+        )
+        if not aliases and target not in (aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default):
+            break
+        node = node.args[0]
+    return node
+
+
+# Replacing ------------------------------------------------------------------------------------------------------
+
+
+def _replace(graph: Graph, selection: Selection, form: IndexerForm, budget: Budget) -> None:
+    sources = [selection.score, *(access.node for access in _operands(form)), *form.chain]
+    fake_mode = detect_fake_mode([source.meta["val"] for source in sources])
+    emit = Emitter(graph, selection.node, sources, fake_mode)
+    try:
+        call = _call_operator(emit, selection, form, budget)
+        outputs = _outputs(emit, selection, form, call)
+    except LookupError as error:
+        emit.roll_back()
+        raise NotAnIndexer(f"an indexer, but {error}") from None
+    for getter, replacement in outputs:
+        getter.replace_all_uses_with(replacement)
+        graph.erase_node(getter)
+    _erase_unused(graph, [selection.node, *emit.added])
+
+
+def _call_operator(emit: Emitter, selection: Selection, form: IndexerForm, budget: Budget) -> Node:
+    assert form.key is not None
+    batch, queries, heads, features, keys = form.batch, form.queries, form.heads, form.features, form.keys
+    q = _product(emit, [emit.arrange(x, (batch, queries, heads, features)) for x in form.query])
+    k = emit.arrange(form.key, (batch, keys, features))
+
+    scale = form.scale * abs(form.inner_scale)
+    weights = [emit.arrange(x, (batch, queries, heads), keep_missing=len(form.weights) > 1) for x in form.weights]
+    if form.inner_scale < 0:
+        q = emit.call(aten.neg.default, _wide(emit, q))
+    for factor in form.row_factors:
+        # relu(f x) = |f| relu(sign(f) x) for any f, and a product with a sign is exact in any dtype.
+        f = emit.arrange(factor, (batch, queries, heads), keep_missing=True)
+        weights.append(emit.call(aten.abs.default, f))
+        q = _wide(emit, q)
+        sign = emit.cast(emit.call(aten.sign.default, f), q.meta["val"].dtype)
+        q = emit.call(aten.mul.Tensor, q, emit.call(aten.unsqueeze.default, sign, 3))
+    q, k = _same_dtype(emit, q, k)
+
+    optional = {}
+    if form.conditions:
+        optional["mask"] = _mask(emit, form)
+    if form.key_factors:
+        factors = [emit.arrange(x, (batch, keys)) for x in form.key_factors]
+        optional["k_scale"] = emit.cast(_product(emit, factors), torch.float32)
+    return emit.call(
+        torch.ops.hisa.indexer_topk.default,
+        q,
+        k,
+        _weights(emit, form, weights, scale, k.meta["val"].device),
+        selection.topk,
+        block_size=budget.block_size,
+        block_topk=budget.block_topk,
+        sorted=selection.sorted,
+        **optional,
+    )
+
+
+def _product(emit: Emitter, factors: Iterable[Node]) -> Node:
+    first, *rest = factors
+    for factor in rest:
+        first = emit.call(aten.mul.Tensor, emit.cast(first, torch.float32), emit.cast(factor, torch.float32))
+    return first
+
+
+def _wide(emit: Emitter, x: Node) -> Node:
+    """float8 has no arithmetic; bfloat16 holds all its values."""
+    return emit.cast(x, torch.bfloat16) if x.meta["val"].dtype.itemsize == 1 else x
+
+
+def _same_dtype(emit: Emitter, q: Node, k: Node) -> tuple[Node, Node]:
+    """The operator takes q and k in one dtype: the narrowest that holds both, so that casting is exact."""
+    dtypes = {q.meta["val"].dtype, k.meta["val"].dtype}
+    if len(dtypes) == 1 and dtypes <= set(KEY_DTYPES):
+        return q, k
+    wide = {dtype for dtype in dtypes if dtype.itemsize > 1}
+    common = wide.pop() if len(wide) == 1 and dtypes <= set(KEY_DTYPES) else torch.float32
+    return emit.cast(q, common), emit.cast(k, common)
+
+
+def _weights(emit: Emitter, form: IndexerForm, factors: list[Node], scale: float, device: torch.device) -> Node:
+    sizes = [product_of_sizes(axes) for axes in (form.batch, form.queries, form.heads)]
+    if not factors:
+        return emit.call(
+            aten.full.default, [emit.size(s) for s in sizes], scale, dtype=torch.float32, device=device, pin_memory=False
+        )
+    weights = _product(emit, factors)
+    if scale != 1 or weights.meta["val"].dtype not in WEIGHT_DTYPES:
+        weights = emit.cast(weights, torch.float32)
+    if scale != 1:
+        weights = emit.call(aten.mul.Tensor, weights, scale)
+    if any(not same_size(a, b) for a, b in zip(shape_of(weights), sizes, strict=True)):
+        weights = emit.call(aten.expand.default, weights, [emit.size(s) for s in sizes])
+    return weights
+
+
+def _mask(emit: Emitter, form: IndexerForm) -> Node:
+    mask: Node | None = None
+    for condition in form.conditions:
+        term = emit.arrange(condition.access, (form.batch, form.queries, form.keys), keep_missing=True)
+        if not condition.visible_when:
+            term = emit.call(aten.bitwise_not.default, term)
+        mask = term if mask is None else emit.call(aten.bitwise_and.Tensor, mask, term)
+    assert mask is not None
+    return mask
+
+
+def _outputs(emit: Emitter, selection: Selection, form: IndexerForm, call: Node) -> list[tuple[Node, Node]]:
+    """Each node that took an output of the selection, with what takes its place: same shape and dtype."""
+    replacements: list[tuple[Node, Node]] = []
+    dim = selection.dim % len(form.score.index)
+    for getters, position in ((selection.values, 1), (selection.indices, 0)):
+        if not getters:
+            continue
+        out = emit.call(operator.getitem, call, position)
+        index = index_of((form.batch, form.queries), out.meta["val"].shape[-1])
+        dims = [index[-1] if d == dim else i for d, i in enumerate(form.score.index)]
+        out = emit.arrange(Access(out, index), dims)
+        fill = next(iter(form.fills), -math.inf)
+        if position == 1 and fill != -math.inf:
+            hidden = emit.call(aten.eq.Scalar, out, -math.inf)
+            out = emit.call(aten.masked_fill.Scalar, out, hidden, fill)
+        for getter in getters:
+            replacements.append((getter, emit.cast(out, getter.meta["val"].dtype)))
+            if any(
+                not same_size(a, b) for a, b in zip(shape_of(out), shape_of(getter), strict=True)
+            ):  # pragma: no cover - a disagreement would be a bug; leave the graph as it was
+                raise LookupError(f"the result's shape {shape_of(out)} is not the original's {shape_of(getter)}")
+    return replacements
+
+
+def _erase_unused(graph: Graph, nodes: list[Node]) -> None:
+    """Erase the nodes that nobody uses any more, and what only they used."""
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node.op == "call_function" and not node.users and not node.is_impure() and not node._erased:
+            todo.extend(node.all_input_nodes)
+            graph.erase_node(node)
+
+
+def _kept_alive(graph: Graph, form: IndexerForm) -> tuple[str, ...]:
+    """A note where the score is still computed for somebody else."""
+    alive = [node for node in form.chain if not node._erased]
+    full = [node for node in alive if _covers(shape_of(node), form)]
+    if not full:
+        return ()
+    others = sorted({user.name for node in full for user in node.users if user not in form.chain})
+    return (f"the scores are still computed for {', '.join(others)}: no memory is saved",)
+
+
+def _covers(sizes: tuple[sympy.Expr, ...], form: IndexerForm) -> bool:
+    return sympy.expand(sympy.Mul(*sizes) - product_of_sizes(form.queries + form.keys + form.batch)) == 0 or len(
+        sizes
+    ) > 3

@@ -1,0 +1,124 @@
+"""Putting nodes into a graph: a tensor's elements arranged along given axes, with sizes that stay symbolic."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+
+from .axes import Access, Axis, Index, resolved, same_size, shape_of, size_expr
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+class Emitter:
+    """Adds nodes in front of one node, with its provenance and with ``meta["val"]``.
+
+    Sizes that are not numbers are taken from dimensions of ``sources``, nodes that stand before that node.
+    """
+
+    def __init__(self, graph: Graph, before: Node, sources: Sequence[Node], fake_mode: FakeTensorMode | None) -> None:
+        self.graph = graph
+        self.before = before
+        self.fake_mode = fake_mode
+        self.sources = sources
+        self.added: list[Node] = []
+        self._sizes: dict[sympy.Expr, Node] = {}
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        self.added.append(node)
+        node.meta = {
+            key: value for key, value in self.before.meta.items() if key not in ("val", "tensor_meta", "example_value")
+        }
+        values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        if self.fake_mode is None:
+            node.meta["val"] = target(*values[0], **values[1])
+        else:
+            with self.fake_mode:
+                node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def roll_back(self) -> None:
+        """Take everything that was added out again."""
+        for node in reversed(self.added):
+            self.graph.erase_node(node)
+        self.added.clear()
+
+    def size(self, expr: sympy.Expr) -> int | Node:
+        """A size as an argument: a number, or a node that computes it."""
+        if expr.is_Integer:
+            return int(expr)
+        if expr not in self._sizes:
+            self._sizes[expr] = self._size_node(expr)
+        return self._sizes[expr]
+
+    def _size_node(self, expr: sympy.Expr) -> Node:
+        for source in self.sources:
+            for dim, size in enumerate(shape_of(source)):
+                if same_size(size, expr):
+                    return self.call(aten.sym_size.int, source, dim)
+        if isinstance(expr, sympy.Mul):
+            factors = [self.size(factor) for factor in expr.args]
+            product = factors[0]
+            for factor in factors[1:]:
+                product = self.call(operator.mul, product, factor)
+            assert isinstance(product, Node)
+            return product
+        raise LookupError(f"no tensor here has a dimension of size {expr}")
+
+    def cast(self, x: Node, dtype: torch.dtype) -> Node:
+        return x if x.meta["val"].dtype == dtype else self.call(prims.convert_element_type.default, x, dtype)
+
+    def reshape(self, x: Node, sizes: Sequence[sympy.Expr]) -> Node:
+        same = len(sizes) == len(shape_of(x)) and all(
+            same_size(a, b) for a, b in zip(shape_of(x), sizes, strict=True)
+        )
+        return x if same else self.call(aten.reshape.default, x, [self.size(size) for size in sizes])
+
+    def arrange(self, access: Access, dims: Sequence[Index], keep_missing: bool = False) -> Node:
+        """The tensor with one dimension for each of ``dims``, each the merge of its axes, in this order.
+
+        Axes that the access does not depend on are expanded (stride 0 where possible); with ``keep_missing`` a
+        dimension none of whose axes it depends on stays of size 1.
+        """
+        have = access.axes
+        groups = [resolved(dim) for dim in dims]
+        if keep_missing:
+            groups = [() if set(group).isdisjoint(have) else group for group in groups]
+        wanted = [axis for group in groups for axis in group]
+        x = access.node
+        if tuple(wanted) != have:
+            present = [axis for axis in wanted if axis in have]
+            assert len(present) == len(have), "an axis of the operand has no place in the result"
+            x = self.reshape(x, [axis.size for axis in have])
+            order = [have.index(axis) for axis in present]
+            if order != sorted(order):
+                x = self.call(aten.permute.default, x, order)
+            for position, axis in enumerate(wanted):
+                if axis not in have:
+                    x = self.call(aten.unsqueeze.default, x, position)
+            if len(present) != len(wanted):
+                x = self.call(aten.expand.default, x, [self.size(axis.size) for axis in wanted])
+        return self.reshape(x, [product_of_sizes(group) for group in groups])
+
+
+def product_of_sizes(axes: Sequence[Axis]) -> sympy.Expr:
+    """The size of the dimension that merges the axes."""
+    return sympy.Mul(*(axis.size for axis in axes))
+
+
+def index_of(dims: Sequence[Index], last: torch.SymInt | int | None = None) -> tuple[Index, ...]:
+    """How to address a tensor whose dimensions are ``dims`` and, if given, a last one of size ``last``."""
+    index = tuple(resolved(dim) for dim in dims)
+    if last is None:
+        return index
+    size = size_expr(last)
+    return (*index, () if size == 1 else (Axis(size, "k"),))
