@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .budget import resolve_budget
 from .validate import check_arguments
@@ -77,7 +78,9 @@ def _meta(
     check_arguments(q, k, weights, k_scale=k_scale, **visibility._asdict())
     if isinstance(topk, int):
         resolve_budget(topk, block_size, block_topk)
-    width = torch.sym_min(topk, k.shape[1])
+    tokens = k.shape[1]
+    # A plain number where it is known to be one, so that a rewritten graph's shapes stay as they were.
+    width = topk if statically_known_true(topk <= tokens) else torch.sym_min(topk, tokens)
     shape = (q.shape[0], q.shape[1], width)
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
 

@@ -20,7 +20,8 @@ prims = torch.ops.prims
 class Emitter:
     """Adds nodes in front of one node, with its provenance and with ``meta["val"]``.
 
-    Sizes that are not numbers are taken from dimensions of ``sources``, nodes that stand before that node.
+    Sizes that are not numbers are taken from the graph's own size nodes or from dimensions of ``sources``, tensors
+    that stand before that node and that the new nodes read anyway (so that no other tensor is kept alive).
     """
 
     def __init__(self, graph: Graph, before: Node, sources: Sequence[Node], fake_mode: FakeTensorMode | None) -> None:
@@ -61,6 +62,12 @@ class Emitter:
         return self._sizes[expr]
 
     def _size_node(self, expr: sympy.Expr) -> Node:
+        for node in self.graph.nodes:
+            if node is self.before:
+                break
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and same_size(size_expr(value), expr):
+                return node
         for source in self.sources:
             for dim, size in enumerate(shape_of(source)):
                 if same_size(size, expr):

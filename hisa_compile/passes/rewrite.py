@@ -10,7 +10,6 @@ import math
 import operator
 from collections.abc import Iterable
 
-import sympy
 import torch
 from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
@@ -54,7 +53,7 @@ def _visit(graph: Graph, node: Node, settings: PassSettings) -> Site:
         _replace(graph, selection, form, budget)
     except NotAnIndexer as reason:
         return Site(op, module, location, str(reason), topk, heads, head_dim)
-    return Site(op, module, location, "", topk, heads, head_dim, budget, _kept_alive(graph, form))
+    return Site(op, module, location, "", topk, heads, head_dim, budget, _kept_alive(form))
 
 
 def _number(axes: Index) -> int | None:
@@ -138,7 +137,7 @@ def _storage_of(node: Node) -> Node:
 
 
 def _replace(graph: Graph, selection: Selection, form: IndexerForm, budget: Budget) -> None:
-    sources = [selection.score, *(access.node for access in _operands(form)), *form.chain]
+    sources = [access.node for access in _operands(form)]
     fake_mode = detect_fake_mode([source.meta["val"] for source in sources])
     emit = Emitter(graph, selection.node, sources, fake_mode)
     try:
@@ -150,7 +149,7 @@ def _replace(graph: Graph, selection: Selection, form: IndexerForm, budget: Budg
     for getter, replacement in outputs:
         getter.replace_all_uses_with(replacement)
         graph.erase_node(getter)
-    _erase_unused(graph, [selection.node, *emit.added])
+    _erase_unused(graph, [*emit.added, selection.node, *selection.node.users])
 
 
 def _call_operator(emit: Emitter, selection: Selection, form: IndexerForm, budget: Budget) -> Node:
@@ -274,17 +273,8 @@ def _erase_unused(graph: Graph, nodes: list[Node]) -> None:
             graph.erase_node(node)
 
 
-def _kept_alive(graph: Graph, form: IndexerForm) -> tuple[str, ...]:
+def _kept_alive(form: IndexerForm) -> tuple[str, ...]:
     """A note where the score is still computed for somebody else."""
     alive = [node for node in form.chain if not node._erased]
-    full = [node for node in alive if _covers(shape_of(node), form)]
-    if not full:
-        return ()
-    others = sorted({user.name for node in full for user in node.users if user not in form.chain})
-    return (f"the scores are still computed for {', '.join(others)}: no memory is saved",)
-
-
-def _covers(sizes: tuple[sympy.Expr, ...], form: IndexerForm) -> bool:
-    return sympy.expand(sympy.Mul(*sizes) - product_of_sizes(form.queries + form.keys + form.batch)) == 0 or len(
-        sizes
-    ) > 3
+    others = sorted({user.name for node in alive for user in node.users if user not in form.chain})
+    return (f"the scores are still computed for {', '.join(others)}: no memory is saved",) if others else ()

@@ -16,7 +16,6 @@ nodes that it opens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -419,5 +418,10 @@ def _zeros(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 
 def is_hidden_value(value: float | None, dtype: torch.dtype) -> bool:
-    """Whether a score of this value is below every score that a token can have: -inf or the dtype's minimum."""
-    return value is not None and (value == -math.inf or value <= torch.finfo(dtype).min)
+    """Whether a score of this value is below every score that a token can have.
+
+    That is -inf or the lowest finite number: of float16 where the mask is float16, else of bfloat16, which many
+    models take for float32 scores too (no score that did not overflow lies between the two).
+    """
+    lowest = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).min
+    return value is not None and value <= lowest
