@@ -105,6 +105,8 @@ class _Analysis:
         self.form = form
         self.relus: list[Term] = []
         self.heads: list[Axis] = []
+        # A sum over a single head leaves no axis behind.
+        self.sums_heads = False
         self.features: list[Axis] = []
         # Factors of the ReLU's argument that depend on the key axis.
         self.key_side: list[Access] = []
@@ -171,7 +173,7 @@ class _Analysis:
                         term = then
                     else:
                         raise NotAnIndexer(
-                            f"a choice between two values at {_origin(condition)}, neither of which hides a token"
+                            f"a choice between two values at {_name(condition)}, neither of which hides a token"
                         )
                 case Plus((a, b)):
                     if self.mask_term(b, dtype):
@@ -244,13 +246,14 @@ class _Analysis:
                     self.outer(factor)
             case Sum(axes, body):
                 self.heads.extend(axes)
+                self.sums_heads = True
                 self.outer(body)
             case Relu(body):
                 self.relus.append(body)
             case Plus():
                 raise NotAnIndexer("a sum of several terms that depend on the key, none of them provably a mask")
             case Where(condition):
-                raise NotAnIndexer(f"a choice by {_origin(condition)} inside the sum over heads")
+                raise NotAnIndexer(f"a choice by {_name(condition)} inside the sum over heads")
             case Not():
                 raise NotAnIndexer("a logical operation on the score")
 
@@ -313,11 +316,16 @@ class _Analysis:
             raise NotAnIndexer("the argument of the ReLU is not one contraction of a query with a key")
         form.key = stripped(keys[0])
         _reject(form.key, form.heads, "the keys carry a head axis", keys[0])
+        for role, axes in (("key", set(form.key.axes)), ("query", {axis for q in form.query for axis in q.axes})):
+            if not set(form.features) <= axes:
+                raise NotAnIndexer(f"a sum inside the ReLU runs over an axis that the {role} does not have")
         missing = [a for a in form.keys if a not in form.key.axes]
         if missing:
             raise NotAnIndexer("the keys do not cover the whole axis that is selected along")
         form.batch = tuple(a for a in rows if a in form.key.axes)
         form.queries = tuple(a for a in rows if a not in form.key.axes)
+        if not self.sums_heads and len(form.queries) > 1:
+            raise NotAnIndexer("no sum over heads, and tokens are selected for several axes separately, as heads are")
         for factor in form.key_factors:
             _reject(factor, form.heads + form.queries, "a factor inside the ReLU varies over keys and queries", factor)
         known = set(form.batch + form.queries + form.heads + form.features + form.keys)
@@ -345,5 +353,3 @@ def _name(term: Term) -> str:
     return f"{_op_name(term.node)} ({term.node.name})" if isinstance(term, Access) else type(term).__name__.lower()
 
 
-def _origin(condition: Access) -> str:
-    return _name(condition)
