@@ -324,6 +324,8 @@ class _Analysis:
             raise NotAnIndexer("the keys do not cover the whole axis that is selected along")
         form.batch = tuple(a for a in rows if a in form.key.axes)
         form.queries = tuple(a for a in rows if a not in form.key.axes)
+        if not form.queries and len(form.batch) > 1 or self.made_from_query(form.key, rows):
+            raise NotAnIndexer(f"each query has keys of its own: {_name(form.key)}")
         if not self.sums_heads and len(form.queries) > 1:
             raise NotAnIndexer("no sum over heads, and tokens are selected for several axes separately, as heads are")
         for factor in form.key_factors:
@@ -338,6 +340,14 @@ class _Analysis:
             _reject(condition.access, form.heads + form.features, "the mask depends on the heads", condition.access)
         if not set(form.heads).isdisjoint(form.features):
             raise NotAnIndexer("one axis is summed both inside and outside the ReLU")
+
+
+    def made_from_query(self, key: Access, rows: Index) -> bool:
+        """Whether the key is itself a contraction with something that varies over the score's rows."""
+        opened = open_access(key)
+        body = opened.body if isinstance(opened, Sum) else None
+        factors = body.factors if isinstance(body, Product) else ()
+        return any(isinstance(f, Access) and not self.varies(f) and f.depends_on(rows) for f in factors)
 
 
 def _reject(access: Access, axes: Index, reason: str, shown: Access) -> None:
