@@ -1,0 +1,151 @@
+"""Every kernel compiles ahead of time, for every dtype and GPU architecture, on a machine without a GPU.
+
+The launches of a real call are recorded and compiled as they would be launched, so what is compiled here is what
+runs.  Under the interpreter kernels are plain Python functions, so these tests need a process without it.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from hisa_compile.ops import Budget, Visibility  # noqa: E402
+from hisa_compile.ops.triton import launch  # noqa: E402
+from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE, FP8_NONE  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="compiles: needs TRITON_INTERPRET unset"),
+]
+
+# Architecture -> shared memory of one program, bytes.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+Launch = tuple[Any, int, dict[str, Any]]
+
+
+def record(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    arch: str,
+    *,
+    heads: int = 64,
+    dim: int = 128,
+    topk: int = 2048,
+    tokens: int = 16384,
+    budget: Budget = Budget(128, 64),  # noqa: B008
+    everything: bool = False,
+    **options: bool,
+) -> list[Launch]:
+    """The launches of one call, ``everything``: with all the optional tensors."""
+    launches: list[Launch] = []
+    monkeypatch.setattr(launch, "launch", lambda kernel, n, warps, **args: launches.append((kernel, warps, args)))
+    if dtype == torch.float8_e4m3fn:
+        monkeypatch.setattr(launch, "fp8_mode", lambda q: int(FP8_NATIVE if arch == "sm_90" else FP8_BITS))
+    q = torch.zeros(1, 1, heads, dim).to(dtype)
+    k = torch.zeros(1, tokens, dim).to(dtype)
+    window = torch.zeros(1, 1, dtype=torch.int32)
+    visible = torch.ones(1, 1, tokens, dtype=torch.bool)
+    visibility = Visibility(window, window, visible[0], visible) if everything else Visibility(window_end=window)
+    scale = torch.ones(1, tokens) if everything else None
+    arguments = {"sorted": True, "mark_hidden": False} | options
+    launch.indexer_topk_triton(q, k, torch.zeros(1, 1, heads), topk, budget, visibility, scale, **arguments)
+    return launches
+
+
+def compile_launch(recorded: Launch, arch: str) -> Any:
+    """Compile one recorded launch with the types and divisibility hints the run-time launcher would find."""
+    kernel, num_warps, arguments = recorded
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    hints: dict[tuple[int], list[list[Any]]] = {}
+    for position, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(position,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            divisible = True
+        else:
+            signature[parameter.name] = "i32"
+            divisible = value % 16 == 0
+        if specialised and divisible and not parameter.do_not_specialize_on_alignment:
+            hints[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    return triton.compile(source, target=TARGETS[arch][0], options={"num_warps": num_warps})
+
+
+def check(launches: list[Launch], arch: str) -> None:
+    assert launches
+    for recorded in launches:
+        compiled = compile_launch(recorded, arch)
+        assert compiled.metadata.shared <= TARGETS[arch][1], recorded[0].__name__
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_compiles_at_the_papers_sizes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, arch: str
+) -> None:
+    """H = 64, D = 128, topk = 2048, B = 128, m = 64, within the architecture's shared memory."""
+    launches = record(monkeypatch, dtype, arch)
+    assert len(launches) == 7
+    check(launches, arch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_compiles_with_all_optional_tensors_and_awkward_sizes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Head counts and dims that are no powers of two, the largest allowed ones, a budget of odd block size."""
+    check(record(monkeypatch, dtype, "sm_90", heads=128, dim=256, everything=True), "sm_90")
+    odd = record(
+        monkeypatch, dtype, "sm_90", heads=5, dim=200, topk=30, budget=Budget(7, 5), everything=True, sorted=False
+    )
+    check(odd, "sm_90")
+
+
+def test_long_rows_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More entries than one program sorts, more candidates than one holds, every block kept."""
+    launches = record(monkeypatch, torch.bfloat16, "sm_90", topk=5000, budget=Budget(128, 128), mark_hidden=True)
+    assert [recorded[0].__name__ for recorded in launches][-2:] == ["sort_tiles_kernel", "merge_tiles_kernel"]
+    check(launches, "sm_90")
+
+
+@pytest.mark.parametrize(("capability", "mode"), [((8, 0), FP8_BITS), ((8, 9), FP8_NATIVE), ((9, 0), FP8_NATIVE)])
+def test_float8_is_taken_apart_where_the_hardware_has_no_such_type(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], mode: Any
+) -> None:
+    """The choice is made on the host, by dtype and device alone; the CPU's is the interpreter's."""
+    assert launch.fp8_mode(torch.zeros(1)) == int(FP8_NONE)
+    assert launch.fp8_mode(torch.zeros(1).to(torch.float8_e4m3fn)) == int(FP8_BITS)
+    on_gpu = SimpleNamespace(dtype=torch.float8_e4m3fn, is_cuda=True, device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert launch.fp8_mode(on_gpu) == int(mode)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert launch.fp8_mode(on_gpu) == int(FP8_BITS)
