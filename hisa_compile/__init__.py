@@ -1,5 +1,26 @@
-"""HISA, hierarchical indexed sparse attention, for torch.compile."""
+"""HISA, hierarchical indexed sparse attention, for torch.compile.
 
-from .ops import indexer_topk
+model = torch.compile(model, backend="hisa")     rewrite a model's indexers
+hisa_compile.explain(model, *inputs)             say what is rewritten, and what not and why
+@hisa_compile.hisa(block_size=64)                give a region its own budget, or opt it out
+hisa_compile.indexer_topk(q, k, weights, topk)   the operator itself
+"""
 
-__all__ = ["indexer_topk"]
+from .backend import hisa_backend
+from .decorator import hisa
+from .explain import explain
+from .history import reports
+from .ops import Budget, indexer_topk, resolve_budget
+from .passes.report import Report, Site
+
+__all__ = [
+    "Budget",
+    "Report",
+    "Site",
+    "explain",
+    "hisa",
+    "hisa_backend",
+    "indexer_topk",
+    "reports",
+    "resolve_budget",
+]

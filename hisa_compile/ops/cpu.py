@@ -1,3 +1,387 @@
-def indexer_topk_cpu(q, k, weights, topk, budget, visibility, k_scale, sorted, mark_hidden):
-    from . import reference
-    return reference.indexer_topk(q, k, weights, topk, block_size=budget.block_size, block_topk=budget.block_topk, k_scale=k_scale, sorted=sorted, mark_hidden=mark_hidden, **visibility._asdict())
+"""``hisa::indexer_topk`` on the CPU: the two stages of HISA in plain torch operations, chunk by chunk.
+
+A row is one query of one batch entry.  Products are issued row by row, each in a shape that depends on
+neither the batch nor the number of queries and on 64-byte aligned float32 copies, because a BLAS may add
+in another order for another shape or alignment: so a row's bits depend on its own inputs alone.  All else
+(visibility, filter, selection) is exact arithmetic on integers and works on a chunk of rows at once.
+Half-precision and float8 keys are cast up tile by tile, and ``k_scale`` multiplies the float32 product,
+``relu(k_scale * (q . k))``, so that the products themselves are exact.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .budget import Budget
+from .reference import pooled_dtype
+from .visibility import Visibility
+
+# Elements of a tile of keys or products: 512 KiB of float32, so that a tile stays in the L2 cache.
+TILE_ELEMENTS = 1 << 17
+# Candidates (rows x columns) of a chunk.  The selection needs about 48 bytes for each, so 6 MiB.
+CHUNK_ELEMENTS = 1 << 17
+
+_INT32_MIN = -(1 << 31)
+_INT32_MAX = (1 << 31) - 1
+_LOW_BITS = (1 << 32) - 1
+
+_precision_lock = threading.Lock()
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    """Products in full float32 although the process may allow less (``set_float32_matmul_precision``)."""
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
+    if setting.fp32_precision not in ("bf16", "tf32"):
+        yield
+        return
+    # The setting is the process's, so calls from two threads must not restore each other's value.
+    with _precision_lock:
+        before = setting.fp32_precision
+        setting.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            # "none" follows the wider settings; what was read may have come from them.
+            setting.fp32_precision = "none"
+            if setting.fp32_precision != before:
+                setting.fp32_precision = before
+
+
+def _aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Uninitialised float32 [rows, columns] in which every row begins at a multiple of 64 bytes."""
+    return like.new_empty((rows, -(-columns // 16) * 16), dtype=torch.float32)[:, :columns]
+
+
+class _Scorer:
+    """Scores of a chunk's rows against tiles of keys, in buffers that are reused from tile to tile."""
+
+    def __init__(self, q: Tensor, k: Tensor, weights: Tensor, k_scale: Tensor | None) -> None:
+        heads, dim = q.shape[2:]
+        self.q, self.k, self.weights, self.k_scale = q, k, weights, k_scale
+        # A multiple of 64, so that every tile of a row of scores is aligned too.
+        self.tile = min(max(TILE_ELEMENTS // max(heads, dim, 1) // 64, 1) * 64, 2048)
+        self._keys = q.new_empty((self.tile, dim), dtype=torch.float32)
+        self._products = q.new_empty((self.tile, heads), dtype=torch.float32)
+        self._rows: list[tuple[int, Tensor, Tensor]] = []
+
+    def load(self, rows: _Rows) -> None:
+        """Make ``rows`` the chunk that the methods below know by number."""
+        count, (heads, dim) = rows.batch.shape[0], self.q.shape[2:]
+        queries = _aligned_rows(self.q, count, heads * dim).unflatten(1, (heads, dim))
+        weights = _aligned_rows(self.q, count, heads)
+        queries.copy_(self.q[rows.batch, rows.query])
+        weights.copy_(self.weights[rows.batch, rows.query])
+        self._rows = list(zip(rows.batch.tolist(), queries.mT.unbind(), weights.unbind(), strict=True))
+
+    def all_keys(self, keys: Tensor, k_scale: Tensor | None, spans: list[list[int]]) -> Tensor:
+        """Scores of all rows against ``keys`` [B, N, D], as [R, N].
+
+        ``spans`` holds a row's first and last + 1 column of interest; a tile outside stays unwritten.
+        """
+        count = keys.shape[1]
+        scores = _aligned_rows(keys, len(self._rows), count)
+        for first in range(0, count, self.tile):
+            last = min(first + self.tile, count)
+            tile, products = self._keys[: last - first], self._products[: last - first]
+            sums = scores[:, first:last].unbind()
+            loaded, scale = -1, None
+            for (batch, query, weight), (start, end), out in zip(self._rows, spans, sums, strict=True):
+                if start >= last or end <= first:
+                    continue
+                if loaded != batch:
+                    tile.copy_(keys[batch, first:last])
+                    scale = None if k_scale is None else k_scale[batch, first:last, None]
+                    loaded = batch
+                _weighted_scores(tile, query, weight, scale, products, out)
+        return scores
+
+    def keys_at(self, row: int, positions: Tensor, scores: Tensor) -> None:
+        """Scores of one row at ``positions`` [N] into ``scores`` [N], which begins at a multiple of 64 bytes."""
+        batch, query, weight = self._rows[row]
+        keys = self.k[batch]
+        pieces = zip(positions.split(self.tile), scores.split(self.tile), strict=True)
+        for tile_positions, out in pieces:
+            size = tile_positions.shape[0]
+            tile = self._keys[:size]
+            if keys.dtype == torch.float32:
+                torch.index_select(keys, 0, tile_positions, out=tile)
+            else:
+                tile.copy_(keys.index_select(0, tile_positions))
+            scale = None if self.k_scale is None else self.k_scale[batch].index_select(0, tile_positions)[:, None]
+            _weighted_scores(tile, query, weight, scale, self._products[:size], out)
+
+
+def _weighted_scores(
+    keys: Tensor, query: Tensor, weight: Tensor, scale: Tensor | None, products: Tensor, out: Tensor
+) -> None:
+    """``relu(scale * (keys @ query)) @ weight`` into ``out``; keys [N, D], query [D, H], scale [N, 1]."""
+    torch.mm(keys, query, out=products)
+    if scale is not None:
+        products *= scale
+    torch.mv(products.relu_(), weight, out=out)
+
+
+class _Rows:
+    """A chunk of rows: where they are in the batch, and which tokens they see."""
+
+    def __init__(self, rows: Tensor, q: Tensor, tokens: int, visibility: Visibility) -> None:
+        batch, queries = q.shape[:2]
+        self.batch = rows // queries
+        self.query = rows % queries
+        self.tokens = tokens
+        self.key_valid = visibility.key_valid
+        self.mask = None if visibility.mask is None else visibility.mask.expand(batch, queries, tokens)
+        self.start = self._window(visibility.window_start, 0, (batch, queries))
+        self.end = self._window(visibility.window_end, tokens, (batch, queries))
+
+    def _window(self, window: Tensor | None, default: int, shape: tuple[int, int]) -> Tensor:
+        if window is None:
+            return torch.full_like(self.batch, default)
+        return window.expand(shape)[self.batch, self.query].long().clamp(0, self.tokens)
+
+    def __getitem__(self, chosen: Tensor) -> _Rows:
+        part = object.__new__(_Rows)
+        part.batch, part.query = self.batch[chosen], self.query[chosen]
+        part.start, part.end = self.start[chosen], self.end[chosen]
+        part.tokens, part.key_valid, part.mask = self.tokens, self.key_valid, self.mask
+        return part
+
+    def spans(self, size: int = 1) -> list[list[int]]:
+        """First and last + 1 token of each row's window, in units of ``size`` tokens."""
+        return torch.stack((self.start // size, (self.end + size - 1) // size), -1).tolist()
+
+    def sees(self, positions: Tensor) -> Tensor:
+        """Visible or not at ``positions`` [R, N]; a position past the last token is not."""
+        visible = (positions >= self.start[:, None]) & (positions < self.end[:, None])
+        inside = positions.clamp_max(self.tokens - 1)
+        if self.key_valid is not None:
+            visible &= self.key_valid[self.batch[:, None], inside]
+        if self.mask is not None:
+            visible &= self.mask[self.batch[:, None], self.query[:, None], inside]
+        return visible
+
+    def sees_all(self) -> Tensor:
+        """Visible or not for every token, [R, T]."""
+        positions = torch.arange(self.tokens, device=self.batch.device)
+        visible = (positions >= self.start[:, None]) & (positions < self.end[:, None])
+        if self.key_valid is not None:
+            visible &= self.key_valid[self.batch]
+        if self.mask is not None:
+            visible &= self.mask[self.batch, self.query]
+        return visible
+
+    def sees_in_blocks(self, block_size: int, blocks: int) -> Tensor:
+        """The eligible blocks, [R, M]: those that hold a visible token."""
+        if self.key_valid is None and self.mask is None:
+            first = torch.arange(blocks, device=self.batch.device) * block_size
+            start, end = self.start[:, None], self.end[:, None]
+            return (first + block_size > start) & (first < end) & (start < end)
+        padding = blocks * block_size - self.tokens
+        visible = torch.nn.functional.pad(self.sees_all(), (0, padding))
+        return visible.view(-1, blocks, block_size).any(-1)
+
+
+def _rank(scores: Tensor) -> Tensor:
+    """int32 of the same order as the scores: equal for equal scores, NaN above all, free at both ends."""
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
+    rank = bits ^ ((bits >> 31) & _INT32_MAX)
+    return rank.masked_fill_(scores.isnan(), _INT32_MAX - 1)
+
+
+def _unique_rank(rank: Tensor, positions: Tensor) -> Tensor:
+    """int64 that orders by ``rank``, then by ascending position; no two are equal, so there are no ties."""
+    return (rank.long() << 32) | (_LOW_BITS - positions)
+
+
+def _block_means(k: Tensor, block_size: int, key_valid: Tensor | None, k_scale: Tensor | None) -> Tensor:
+    """``reference.block_means`` with a float32 copy of a few blocks at a time only."""
+    batch, tokens, dim = k.shape
+    blocks = -(-tokens // block_size)
+    means = k.new_empty((batch, blocks, dim), dtype=pooled_dtype(k.dtype))
+    step = max(1, TILE_ELEMENTS // max(block_size * dim, 1))
+    valid = k.new_ones((1, tokens), dtype=torch.bool) if key_valid is None else key_valid
+    padded = torch.nn.functional.pad(valid, (0, blocks * block_size - tokens))
+    counts = padded.view(-1, blocks, block_size).sum(-1).clamp_min_(1).expand(batch, blocks)
+    for entry in range(batch):
+        for block in range(0, blocks, step):
+            size = min(step, blocks - block)
+            first, last = block * block_size, min((block + size) * block_size, tokens)
+            # Contiguous, because the order of a sum may depend on the layout.
+            keys = k[entry, first:last].float().contiguous()
+            if k_scale is not None:
+                keys = keys * k_scale[entry, first:last, None]
+            if key_valid is not None:
+                # where, not a product: a NaN in an invalid key must not reach the mean.
+                keys = torch.where(key_valid[entry, first:last, None], keys, 0.0)
+            keys = torch.nn.functional.pad(keys, (0, 0, 0, size * block_size - (last - first)))
+            sums = keys.view(size, block_size, dim).sum(1)
+            means[entry, block : block + size] = sums / counts[entry, block : block + size, None]
+    return means
+
+
+def _kept_blocks(block_scores: Tensor, eligible: Tensor, block_topk: int) -> tuple[Tensor, Tensor]:
+    """The coarse filter: the kept blocks [R, m] in ascending order, and their number [R].
+
+    A row that keeps fewer has the number of all blocks, which is no block, in its last slots.
+    """
+    blocks = eligible.shape[1]
+    rank = _rank(block_scores).masked_fill_(~eligible, _INT32_MIN)
+    number = torch.arange(blocks, device=eligible.device)
+    first = torch.where(eligible, number, blocks).amin(-1, keepdim=True)
+    last = torch.where(eligible, number, -1).amax(-1, keepdim=True)
+    rank.masked_fill_((number == first) | (number == last), _INT32_MAX)
+    best = _unique_rank(rank, number).topk(block_topk).indices
+    count = eligible.sum(-1).clamp_max_(block_topk)
+    best = best.masked_fill(number[:block_topk] >= count[:, None], blocks)
+    return best.sort(-1).values, count
+
+
+def _sort_by_score(positions: Tensor, scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    order = _unique_rank(_rank(scores), positions).sort(-1, descending=True).indices
+    return positions.gather(-1, order), scores.gather(-1, order), visible.gather(-1, order)
+
+
+def _fill_up(
+    scorer: _Scorer,
+    rows: _Rows,
+    numbers: Tensor,
+    in_kept: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    visible: Tensor,
+) -> None:
+    """Replace the slots that are not ``visible`` by tokens outside the kept blocks, as the contract says.
+
+    ``rows`` are the chunk's rows of these ``numbers``, ``in_kept`` [R, T] their candidates, hidden ones
+    included; ``positions``, ``scores`` and ``visible`` [R, k'] are changed in place.
+    """
+    seen = rows.sees_all()
+    others = seen & ~in_kept
+    missing = (~visible).sum(-1, keepdim=True)
+    taken = others & (others.cumsum(-1, dtype=torch.int32) <= missing)
+    missing -= taken.sum(-1, keepdim=True)
+    taken |= ~seen & ((~seen).cumsum(-1, dtype=torch.int32) <= missing)
+    row, position = taken.nonzero(as_tuple=True)
+    slots = ~visible
+    positions[slots] = position
+    visible[slots] = seen[row, position]
+    slots &= visible
+    for row_slots, number, row_positions, row_scores in zip(slots, numbers.tolist(), positions, scores, strict=True):
+        chosen = row_slots.nonzero()[:, 0]
+        found = scores.new_empty(chosen.shape)
+        scorer.keys_at(number, row_positions[chosen], found)
+        row_scores[chosen] = found
+
+
+def indexer_topk_cpu(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    topk: int,
+    budget: Budget,
+    visibility: Visibility,
+    k_scale: Tensor | None,
+    sorted: bool,
+    mark_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """``hisa::indexer_topk`` for CPU tensors that passed the argument checks; see the public function.
+
+    The selection comes out in order anyway, so rows are sorted whether or not ``sorted`` asks for it.
+    """
+    batch, queries = q.shape[:2]
+    tokens = k.shape[1]
+    width = min(topk, tokens)
+    indices = q.new_empty((batch, queries, width), dtype=torch.int32)
+    scores = q.new_empty((batch, queries, width), dtype=torch.float32)
+    if indices.numel() == 0:
+        return indices, scores
+    blocks = -(-tokens // budget.block_size)
+    if blocks > budget.block_topk:
+        means = _block_means(k, budget.block_size, visibility.key_valid, k_scale)
+        # A token's visibility is a byte or two, a small part of what a candidate takes.
+        looked_at = 0 if visibility.key_valid is None and visibility.mask is None else tokens // 16
+        columns = budget.candidates + blocks + looked_at
+    else:
+        means, columns = None, tokens
+    chunk = max(1, CHUNK_ELEMENTS // columns)
+    scorer = _Scorer(q, k, weights, k_scale)
+    with _float32_products():
+        for first in range(0, batch * queries, chunk):
+            last = min(first + chunk, batch * queries)
+            rows = _Rows(torch.arange(first, last, device=q.device), q, tokens, visibility)
+            scorer.load(rows)
+            if means is None:
+                found = _flat(scorer, rows, width)
+            else:
+                found = _hierarchical(scorer, rows, width, means, budget)
+            positions, found_scores, visible = found
+            if mark_hidden:
+                positions.masked_fill_(~visible, -1)
+            indices.view(-1, width)[first:last] = positions
+            scores.view(-1, width)[first:last] = found_scores
+    return indices, scores
+
+
+def _flat(scorer: _Scorer, rows: _Rows, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best tokens of all: positions, scores, and whether visible, each [R, k']."""
+    scores = scorer.all_keys(scorer.k, scorer.k_scale, rows.spans())
+    found = _best(scores, rows.sees_all(), torch.arange(rows.tokens, device=scores.device).expand(scores.shape), width)
+    # Hidden tokens are the last choice, but in the result they stand beside visible ones of score -inf.
+    for short in _short_rows(found[2], scores.shape[0]):
+        _replace(found, short, _sort_by_score(*(x[short] for x in found)))
+    return found
+
+
+def _hierarchical(
+    scorer: _Scorer, rows: _Rows, width: int, means: Tensor, budget: Budget
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best tokens of the best blocks: positions, scores, and whether visible, each [R, k']."""
+    block_size, block_topk = budget
+    blocks = means.shape[1]
+    block_scores = scorer.all_keys(means, None, rows.spans(block_size))
+    kept, count = _kept_blocks(block_scores, rows.sees_in_blocks(block_size, blocks), block_topk)
+    positions = (kept[..., None] * block_size + torch.arange(block_size, device=kept.device)).flatten(1)
+    readable = positions.clamp_max(rows.tokens - 1)
+    scores = _aligned_rows(block_scores, *positions.shape)
+    for number, (length, row_positions, row_scores) in enumerate(
+        zip((count * block_size).tolist(), readable, scores, strict=True)
+    ):
+        scorer.keys_at(number, row_positions[:length], row_scores[:length])
+    found = _best(scores, rows.sees(positions), positions, width)
+    for short in _short_rows(found[2], max(1, CHUNK_ELEMENTS // rows.tokens)):
+        part = tuple(x[short] for x in found)
+        in_kept = short.new_zeros((short.shape[0], blocks + 1), dtype=torch.bool).scatter_(1, kept[short], True)
+        in_kept = in_kept[:, :blocks].repeat_interleave(block_size, 1)[:, : rows.tokens]
+        _fill_up(scorer, rows[short], short, in_kept, *part)
+        _replace(found, short, _sort_by_score(*part))
+    return found
+
+
+def _short_rows(visible: Tensor, at_once: int) -> Iterator[Tensor]:
+    """Numbers of the rows with fewer visible candidates than slots, ``at_once`` at a time."""
+    short = (~visible).any(-1).nonzero()[:, 0]
+    if short.numel():
+        yield from short.split(at_once)
+
+
+def _replace(found: tuple[Tensor, ...], rows: Tensor, parts: tuple[Tensor, ...]) -> None:
+    for whole, part in zip(found, parts, strict=True):
+        whole[rows] = part
+
+
+def _best(scores: Tensor, visible: Tensor, positions: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``width`` columns in the order: visible by score, then hidden, each by ascending position.
+
+    Columns must be in ascending order of position.  The scores of hidden columns may be uninitialised.
+    """
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    rank = _rank(scores).masked_fill_(~visible, _INT32_MIN)
+    best = _unique_rank(rank, columns).topk(width).indices
+    seen = visible.gather(-1, best)
+    return positions.gather(-1, best), scores.gather(-1, best).masked_fill_(~seen, float("-inf")), seen

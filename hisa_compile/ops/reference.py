@@ -99,9 +99,7 @@ def flat_topk(
     mark_hidden: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """DSA's own selection: the top ``topk`` of all visible tokens.  Arguments as :func:`indexer_topk`."""
-    visible = visible_tokens(
-        q, k, window_start=window_start, window_end=window_end, key_valid=key_valid, mask=mask
-    )
+    visible = visible_tokens(q, k, window_start=window_start, window_end=window_end, key_valid=key_valid, mask=mask)
     scores = indexer_scores(q, k, weights, k_scale)
     return _select(scores, visible, visible, topk, sorted, mark_hidden)
 
@@ -124,9 +122,7 @@ def indexer_topk(
 ) -> tuple[Tensor, Tensor]:
     """HISA's selection.  Arguments, results and errors as the public ``hisa_compile.indexer_topk``."""
     budget = resolve_budget(topk, block_size, block_topk)
-    visible = visible_tokens(
-        q, k, window_start=window_start, window_end=window_end, key_valid=key_valid, mask=mask
-    )
+    visible = visible_tokens(q, k, window_start=window_start, window_end=window_end, key_valid=key_valid, mask=mask)
     tokens = k.shape[1]
     means = block_means(k, budget.block_size, key_valid, k_scale)
     padding = means.shape[1] * budget.block_size - tokens

@@ -151,7 +151,7 @@ def indexer_topk(
             ``block_size * block_topk < topk``; the message names the argument, what it got and expected.
         TypeError: a dtype does not fit, likewise.
     """
-    return torch.ops.hisa.indexer_topk.default(
+    result: tuple[Tensor, Tensor] = torch.ops.hisa.indexer_topk.default(
         q,
         k,
         weights,
@@ -166,3 +166,4 @@ def indexer_topk(
         sorted=sorted,
         mark_hidden=mark_hidden,
     )
+    return result

@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_LENGTH = 2**31 - 1
 
 
 def _shape(x: Tensor) -> str:
@@ -65,6 +66,9 @@ def check_arguments(
     torch._check_value(k.dim() == 3, lambda: f"k: got shape {_shape(k)}, expected [B, T, D]")
     tokens = k.shape[1]
     _check_dims("k", k, "[B, T, D]", (batch, tokens, dim))
+    # Not for a symbolic length: it would become a bound that torch.export asks its user to declare.
+    if isinstance(tokens, int) and tokens > LARGEST_LENGTH:
+        raise ValueError(f"k: got {tokens} tokens, expected at most {LARGEST_LENGTH} (indices are int32)")
     _check_dims("weights", weights, "[B, S, H]", (batch, queries, heads))
     _check_dtype("q", q, KEY_DTYPES)
     _check_dtype("k", k, (q.dtype,))

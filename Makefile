@@ -1,0 +1,51 @@
+# Everything runs in one virtual environment with the tested versions (constraints.txt).  Each target can be
+# repeated; the environment is made again only when pyproject.toml or constraints.txt change.
+#
+#   make demo PYTHON=python3.12      another interpreter (>= 3.11)
+#   make test PYTEST_ARGS='-x -k cache'
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+#                                    torch's CPU build, a tenth of the download
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -q
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.hisa_compile-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo   install into $(VENV), then compile a small DeepSeek-V3.2 with HISA (examples/quickstart.py)"
+	@echo "make test   install into $(VENV), then run the whole test suite (GPU tests skip without a GPU)"
+	@echo "make check  install into $(VENV), then run ruff and mypy"
+	@echo "make clean  remove $(VENV) and what the tools left behind"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_ARGS='$(PYTEST_ARGS)'"
+
+demo: $(INSTALLED)
+	@echo "== running examples/quickstart.py"
+	$(BIN)/python examples/quickstart.py
+
+test: $(INSTALLED)
+	@echo "== running the test suite"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(INSTALLED)
+	@echo "== ruff and mypy"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find hisa_compile tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "== installing into $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "hisa_compile needs Python >= 3.11, $(PYTHON) is " + sys.version.split()[0] + ": set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch alone first: its pin decides the build.  setuptools too: the build below then needs no download.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@

@@ -1,0 +1,88 @@
+"""The ``options`` of ``torch.compile``: which of them are HISA's, and what they may be.
+
+Keys that start with ``hisa.`` are ours; every other key is Inductor's and goes to it unchanged.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .ops import resolve_budget
+from .passes.settings import PassSettings
+
+PREFIX = "hisa."
+BASES = ("inductor", "aot_eager", "eager")
+SCOPES = ("all", "marked")
+KEYS = ("hisa.block_size", "hisa.block_topk", "hisa.scope", "hisa.base")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Parsed options.
+
+    settings: what the rewriting pass is told.
+    base: the backend underneath: "inductor", or for debugging "aot_eager" or "eager".
+    inductor: Inductor's own options, as given.
+    """
+
+    settings: PassSettings = field(default_factory=PassSettings)
+    base: str = "inductor"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_options(options: Mapping[str, Any] | None) -> Options:
+    """Split and check the ``options`` of ``torch.compile``.
+
+    ``hisa.block_size`` (B, at least 1), ``hisa.block_topk`` (m, at least 2): the budget; None or absent =
+    derived from the indexer's topk.  ``hisa.scope``: "all" or "marked".  ``hisa.base``: "inductor",
+    "aot_eager" or "eager".
+
+    Raises:
+        ValueError: an unknown ``hisa.`` key, a value out of range, or Inductor options with another base.
+        TypeError: a value of the wrong type.
+    """
+    given = dict(options or {})
+    ours = {key: given.pop(key) for key in list(given) if isinstance(key, str) and key.startswith(PREFIX)}
+    for key in ours:
+        if key not in KEYS:
+            close = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown option {key!r}, valid ones are {', '.join(KEYS)}{hint}")
+    base = _choice(ours, "hisa.base", BASES)
+    if given and base != "inductor":
+        raise ValueError(
+            f"options {', '.join(map(repr, given))} are Inductor's and have no effect with hisa.base={base!r}: "
+            "remove them, or set hisa.base='inductor'"
+        )
+    block_size, block_topk = ours.get("hisa.block_size"), ours.get("hisa.block_topk")
+    check_budget(block_size, block_topk, prefix=PREFIX)
+    settings = PassSettings(block_size, block_topk, _choice(ours, "hisa.scope", SCOPES))
+    return Options(settings, base, given)
+
+
+def check_budget(block_size: object, block_topk: object, *, prefix: str = "") -> None:
+    """Raise TypeError or ValueError, naming the parameter, unless both are None or valid by themselves.
+
+    That ``block_size * block_topk`` suffices for an indexer's topk is known only where the indexer is.
+    """
+    for name, value in (("block_size", block_size), ("block_topk", block_topk)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{prefix}{name}: got {value!r} ({type(value).__name__}), expected a positive int or None")
+    assert block_size is None or isinstance(block_size, int)
+    assert block_topk is None or isinstance(block_topk, int)
+    try:
+        resolve_budget(0, block_size, block_topk)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+
+
+def _choice(options: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:
+    value = options.get(key, choices[0])
+    if not isinstance(value, str):
+        raise TypeError(f"{key}: got {value!r} ({type(value).__name__}), expected one of {choices}")
+    if value not in choices:
+        raise ValueError(f"{key}: got {value!r}, expected one of {choices}")
+    return value

@@ -1,0 +1,138 @@
+"""Hypothesis strategies for the arguments of ``hisa::indexer_topk``.
+
+Only sizes, choices and a seed are drawn; tensors are built from them with a ``torch.Generator``, which is
+fast and shrinks well.
+
+Integer values (``values="integers"``) are chosen so that every product, sum and block mean is exact in
+float32 in any order of summation: two right implementations agree bit for bit, and ties are frequent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import hypothesis.strategies as st
+import torch
+from torch import Tensor
+
+FLOAT8 = torch.float8_e4m3fn
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, FLOAT8)
+LAYOUTS = ("contiguous", "transposed", "strided", "unaligned")
+# A multiple of 1 to 8, so the mean of up to 8 valid keys is an integer.  bfloat16 and float8 have too few
+# digits for it, and need it less: their means are rounded to 8 bits.
+KEY_UNIT = {torch.float32: 840, torch.float16: 840, torch.bfloat16: 1, FLOAT8: 1}
+LARGEST_EXACT_BLOCK = 8
+
+
+class Call(NamedTuple):
+    """Arguments of one call; ``options`` are the keyword arguments."""
+
+    q: Tensor
+    k: Tensor
+    weights: Tensor
+    topk: int
+    options: dict[str, Any]
+
+    def run(self, function: Any) -> tuple[Tensor, Tensor]:
+        return function(self.q, self.k, self.weights, self.topk, **self.options)
+
+    def with_options(self, **options: Any) -> Call:
+        return self._replace(options=self.options | options)
+
+    @property
+    def visibility(self) -> dict[str, Tensor]:
+        names = ("window_start", "window_end", "key_valid", "mask")
+        return {name: self.options[name] for name in names if name in self.options}
+
+    def __repr__(self) -> str:
+        def show(x: Any) -> str:
+            return f"{x.dtype}{list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+
+        options = ", ".join(f"{name}={show(x)}" for name, x in self.options.items())
+        return f"Call({show(self.q)}, {show(self.k)}, {show(self.weights)}, topk={self.topk}, {options})"
+
+
+def relayout(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout; what lies between them is NaN."""
+    if layout == "transposed":
+        return x.movedim(-1, 0).contiguous().movedim(0, -1)
+    if layout in ("strided", "unaligned"):
+        spare = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan")).to(x.dtype)
+        out = spare[..., 1::2] if layout == "strided" else spare[..., 1 : x.shape[-1] + 1]
+        return out.copy_(x)
+    return x.contiguous()
+
+
+def integers(generator: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
+    """Uniform in [low, high], int64."""
+    return torch.randint(low, high + 1, shape, generator=generator)
+
+
+def make_values(
+    generator: torch.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype, values: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and weights of ``shape`` (B, S, T, H, D); weights are float32 for float8 keys, else of ``dtype``."""
+    batch, queries, tokens, heads, dim = shape
+    sizes = ((batch, queries, heads, dim), (batch, tokens, dim), (batch, queries, heads))
+    weight_dtype = torch.float32 if dtype == FLOAT8 else dtype
+    if values == "gaussian":
+        q, k, weights = (torch.randn(size, generator=generator) for size in sizes)
+    else:
+        q, k, weights = (integers(generator, -3, 3, *size).float() for size in sizes)
+        k *= KEY_UNIT[dtype]
+    return q.to(dtype), k.to(dtype), weights.to(weight_dtype)
+
+
+@st.composite
+def calls(
+    draw: st.DrawFn,
+    *,
+    values: str = "integers",
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+    layouts: tuple[str, ...] = ("contiguous",),
+    max_tokens: int = 80,
+    max_queries: int = 5,
+    max_dim: int = 8,
+    special: bool = True,
+    masks: bool = True,
+) -> Call:
+    """A whole call: budget, visibility in any combination and broadcast shape, fills, NaN and inf keys.
+
+    Args:
+        values: "integers" (exact in float32) or "gaussian".
+        special: NaN and, where the dtype has it, inf in some keys.
+        masks: draw free-form masks too.
+    """
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32), label="seed"))
+    dtype = draw(st.sampled_from(dtypes))
+    batch, queries = draw(st.integers(1, 3)), draw(st.integers(1, max_queries))
+    tokens, heads, dim = draw(st.integers(1, max_tokens)), draw(st.integers(1, 4)), draw(st.integers(1, max_dim))
+    block_size, block_topk = draw(st.integers(1, LARGEST_EXACT_BLOCK)), draw(st.integers(2, 6))
+    topk = draw(st.integers(0, block_size * block_topk))
+    options: dict[str, Any] = {"block_size": block_size, "block_topk": block_topk}
+    q, k, weights = make_values(generator, (batch, queries, tokens, heads, dim), dtype, values)
+    if special and draw(st.booleans(), label="special values"):
+        for value in (float("nan"),) if dtype == FLOAT8 else (float("nan"), float("inf"), float("-inf")):
+            # Not by masked_fill, which float8 lacks.
+            k = torch.where(integers(generator, 0, 15, batch, tokens, 1) == 0, value, k.float()).to(dtype)
+    window_shapes = ((batch, queries), (1, queries), (batch, 1), (queries,), ())
+    for name in ("window_start", "window_end"):
+        shape = draw(st.sampled_from((None, *window_shapes)), label=name)
+        if shape is not None:
+            options[name] = integers(generator, -tokens // 4 - 2, tokens + tokens // 4 + 2, *shape).int()
+    if draw(st.booleans(), label="key_valid"):
+        options["key_valid"] = integers(generator, 0, 2, batch, tokens) > 0
+    if masks:
+        mask_shapes = ((batch, queries, tokens), (queries, tokens), (batch, 1, tokens), (tokens,), (1, queries, 1))
+        shape = draw(st.sampled_from((None, *mask_shapes)), label="mask")
+        if shape is not None:
+            options["mask"] = integers(generator, 0, 3, *shape) > 0
+    if draw(st.booleans(), label="k_scale"):
+        # Powers of two of any sign, and 0, so that integers stay exact.
+        options["k_scale"] = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])[
+            integers(generator, 0, 6, batch, tokens)
+        ]
+    options["sorted"] = draw(st.booleans(), label="sorted")
+    options["mark_hidden"] = draw(st.booleans(), label="mark_hidden")
+    q, k, weights = (relayout(x, draw(st.sampled_from(layouts))) for x in (q, k, weights))
+    return Call(q, k, weights, topk, options)

@@ -1,0 +1,144 @@
+"""explain tells what the backend would do, and leaves everything else as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_indexer import Attention, Indexer, flat_selection, hidden_states, seeded
+from torch import nn
+
+import hisa_compile
+from hisa_compile import Budget, explain, hisa
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Broken(nn.Module):
+    """Two indexers with a graph break between them, inside a submodule."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Indexer(), Indexer(heads=5)
+
+        def forward(self, x):
+            first = self.first(x)
+            torch._dynamo.graph_break()
+            return first, self.second(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x):
+        return self.inner(x + 1)
+
+
+def test_the_report_is_the_backends_own(capsys):
+    """What explain says beforehand is what compiling says afterwards, and it is printed."""
+    model, x = seeded(Attention), hidden_states(40)
+    options = {"hisa.block_size": 8, "hisa.scope": "all"}
+    report = explain(model, x, hisa_options=options)
+    assert capsys.readouterr().out.strip() == str(report)
+    assert [(site.budget, site.topk, site.heads, site.head_dim) for site in report.sites] == [(Budget(8, 2), 4, 16, 8)]
+    assert "tiny_indexer.py:" in report.sites[0].location
+    torch.compile(model, backend=hisa_compile.hisa_backend, options={**options, "hisa.base": "aot_eager"})(x)
+    (compiled,) = hisa_compile.reports()[-1].sites
+    assert (compiled.budget, compiled.location) == (report.sites[0].budget, report.sites[0].location)
+
+
+def test_all_graphs_of_a_broken_model_are_told_every_time():
+    """In the order in which they run, from the first call to the tenth."""
+    model, x = Broken(), hidden_states(24)
+    for _ in range(10):
+        report = explain(model, x)
+        assert [site.heads for site in report.sites] == [3, 5]
+
+
+def test_settings_change_the_answer_for_the_same_model():
+    """A later call with other options does not see the earlier call's graphs."""
+    model, x = Broken(), hidden_states(40)
+    assert [site.budget for site in explain(model, x, hisa_options={"hisa.block_size": 4}).sites] == [Budget(4, 4)] * 2
+    assert [site.budget for site in explain(model, x, hisa_options={"hisa.block_size": 8}).sites] == [Budget(8, 2)] * 2
+    assert explain(model, x, hisa_options={"hisa.scope": "marked"}).rewritten == ()
+
+
+def test_compiled_code_of_the_user_stays_compiled():
+    """After many explanations of a compiled model it still runs without a recompile."""
+    for make in (Attention, Broken):
+        torch._dynamo.reset()
+        model, x = make(), hidden_states(24)
+        compiled = torch.compile(model, backend="eager")
+        compiled(x)
+        for tokens in (24, 25, 26):
+            explain(compiled, hidden_states(tokens))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compiled(x)
+
+
+def test_the_call_is_an_eager_one():
+    """The values are the flat model's, gradients flow, buffers change once, parameters never."""
+
+    class Counting(Attention):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model, x = seeded(Counting), hidden_states(40).requires_grad_()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    outputs = []
+    explain(lambda x: outputs.append(model(x)), x, hisa_options={"hisa.block_size": 2, "hisa.block_topk": 2})
+    assert model.calls == 1
+    assert torch.equal(outputs[0], model(x))
+    outputs[0].sum().backward()
+    assert x.grad is not None
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_callers_grad_mode_holds(mode):
+    """The report is the same in each; nothing asks for gradients that the caller has switched off."""
+    with mode():
+        report = explain(seeded(Attention), hidden_states(24))
+    assert [site.rewritten for site in report.sites] == [True]
+
+
+def test_functions_keyword_arguments_and_marks():
+    """Any callable will do; a decorated one is explained with its mark; the model's own kwargs reach it."""
+
+    @hisa(enabled=False)
+    def off(q, k, w, *, topk):
+        return flat_selection(q, k, w, topk)
+
+    q, k, w = torch.randn(1, 24, 2, 8), torch.randn(1, 24, 8), torch.randn(1, 24, 2)
+    (site,) = explain(off, q, k, w, topk=5).sites
+    assert not site.rewritten
+    assert "opted out" in site.reason
+    assert explain(torch.relu, q).sites == ()
+
+
+def test_the_work_of_a_site_is_an_expression_in_the_context_length():
+    """HISA's cost grows with T / B beyond the budget, the flat indexer's with T."""
+    (site,) = explain(seeded(Indexer), hidden_states(24), hisa_options={"hisa.block_size": 8}).sites
+    assert site.work_before.subs("T", 1) is not None
+    (symbol,) = site.work_before.free_symbols
+    at = {symbol: 1024}
+    assert site.work_before.subs(at) == 3 * 8 * 1024
+    assert site.work_after.subs(at) == 3 * 8 * (1024 // 8 + 16)
+    assert site.work_after.subs({symbol: 16}) == site.work_before.subs({symbol: 16})
+
+
+def test_wrong_options_are_refused():
+    """As in torch.compile; Inductor's options are nothing to explain and are passed over."""
+    with pytest.raises(ValueError, match=r"hisa\.blocks"):
+        explain(Indexer(), hidden_states(24), hisa_options={"hisa.blocks": 1})
+    assert explain(Indexer(), hidden_states(24), hisa_options={"max_autotune": True}).rewritten

@@ -1,0 +1,181 @@
+"""Every error of the contract, and the budgets.  A message names the argument, what it got and what it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from hisa_compile import indexer_topk
+from hisa_compile.ops import reference, resolve_budget
+
+B, S, T, H, D = 2, 3, 40, 2, 8
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """A right call with something changed."""
+    right = {"q": torch.zeros(B, S, H, D), "k": torch.zeros(B, T, D), "weights": torch.zeros(B, S, H), "topk": 8}
+    return right | {"block_size": 4, "block_topk": 4} | changes
+
+
+def int32(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def true(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
+half, wide, signed = torch.float16, torch.float64, torch.int64
+WRONG_TENSORS: dict[str, tuple[type[Exception], dict[str, Any], tuple[str, ...]]] = {
+    "q of 3 dims": (ValueError, {"q": torch.zeros(B, S, D)}, ("q:", "[2, 3, 8]", "[B, S, H, D]")),
+    "k of 4 dims": (ValueError, {"k": torch.zeros(B, T, H, D)}, ("k:", "[2, 40, 2, 8]", "[B, T, D]")),
+    "k of another batch": (ValueError, {"k": torch.zeros(B + 1, T, D)}, ("k:", "[3, 40, 8]", "[2, 40, 8]")),
+    "k of another dim": (ValueError, {"k": torch.zeros(B, T, 2 * D)}, ("k:", "[2, 40, 16]", "[2, 40, 8]")),
+    "weights of 4 dims": (ValueError, {"weights": torch.zeros(B, S, H, 1)}, ("weights:", "[2, 3, 2, 1]", "[2, 3, 2]")),
+    "weights of other heads": (ValueError, {"weights": torch.zeros(B, S, 1)}, ("weights:", "[2, 3, 1]", "[2, 3, 2]")),
+    "q of float64": (TypeError, {"q": torch.zeros(B, S, H, D, dtype=wide)}, ("q:", "float64", "float8_e4m3fn")),
+    "q of integers": (TypeError, {"q": torch.zeros(B, S, H, D, dtype=signed)}, ("q:", "int64", "float32")),
+    "k unlike q": (TypeError, {"k": torch.zeros(B, T, D, dtype=half)}, ("k:", "float16", "float32")),
+    "weights of float64": (
+        TypeError,
+        {"weights": torch.zeros(B, S, H, dtype=wide)},
+        ("weights:", "float64", "bfloat16"),
+    ),
+    "window_start of int64": (TypeError, {"window_start": int32(B, S).long()}, ("window_start:", "int64", "int32")),
+    "window_end of int64": (TypeError, {"window_end": int32(B, S).long()}, ("window_end:", "int64", "int32")),
+    "window_start too long": (ValueError, {"window_start": int32(S + 1)}, ("window_start:", "[4]", "[2, 3]")),
+    "window_end of 3 dims": (ValueError, {"window_end": int32(1, B, S)}, ("window_end:", "[1, 2, 3]", "[2, 3]")),
+    "key_valid of integers": (TypeError, {"key_valid": int32(B, T)}, ("key_valid:", "int32", "bool")),
+    "key_valid without batch": (ValueError, {"key_valid": true(T)}, ("key_valid:", "[40]", "[2, 40]")),
+    "key_valid to broadcast": (ValueError, {"key_valid": true(1, T)}, ("key_valid:", "[1, 40]", "[2, 40]")),
+    "mask of float32": (TypeError, {"mask": torch.ones(B, S, T)}, ("mask:", "float32", "bool")),
+    "mask too short": (ValueError, {"mask": true(B, S, T - 1)}, ("mask:", "[2, 3, 39]", "[2, 3, 40]")),
+    "mask of 4 dims": (ValueError, {"mask": true(B, 1, S, T)}, ("mask:", "[2, 1, 3, 40]", "[2, 3, 40]")),
+    "k_scale of float16": (TypeError, {"k_scale": torch.ones(B, T, dtype=half)}, ("k_scale:", "float16", "float32")),
+    "k_scale of 3 dims": (ValueError, {"k_scale": torch.ones(B, T, 1)}, ("k_scale:", "[2, 40, 1]", "[2, 40]")),
+}
+WRONG_BUDGETS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "negative topk": ({"topk": -1}, ("topk:", "-1", ">= 0")),
+    "block_size 0": ({"block_size": 0}, ("block_size:", "0", ">= 1")),
+    "block_topk 1": ({"block_topk": 1}, ("block_topk:", "1", ">= 2", "first and the last")),
+    "too few candidates": ({"topk": 17}, ("block_topk * block_size:", "4 * 4 = 16", "topk = 17")),
+}
+
+
+def assert_says(error: pytest.ExceptionInfo[Exception], parts: tuple[str, ...]) -> None:
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["eager", "meta", "fake"])
+@pytest.mark.parametrize(("expected", "changes", "parts"), WRONG_TENSORS.values(), ids=WRONG_TENSORS.keys())
+def test_a_wrong_tensor_is_named_with_what_was_needed(
+    expected: type[Exception], changes: dict[str, Any], parts: tuple[str, ...], where: str
+) -> None:
+    """Shapes are ValueErrors and dtypes TypeErrors, the same on real, meta and fake tensors."""
+    call = arguments(**changes)
+    with pytest.raises(expected) as error:
+        run(call, where)
+    assert_says(error, parts)
+
+
+def run(call: dict[str, Any], where: str) -> None:
+    if where == "fake":
+        with FakeTensorMode() as mode:
+            indexer_topk(**tree_map_only(Tensor, mode.from_tensor, call))
+    else:
+        indexer_topk(**tree_map_only(Tensor, lambda x: x.to("meta"), call) if where == "meta" else call)
+
+
+@pytest.mark.parametrize("where", ["eager", "meta", "fake"])
+@pytest.mark.parametrize(("changes", "parts"), WRONG_BUDGETS.values(), ids=WRONG_BUDGETS.keys())
+def test_an_impossible_budget_is_named_with_what_was_needed(
+    changes: dict[str, Any], parts: tuple[str, ...], where: str
+) -> None:
+    """Parameters out of range, and m * B < topk."""
+    with pytest.raises(ValueError, match=":") as error:
+        run(arguments(**changes), where)
+    assert_says(error, parts)
+
+
+@pytest.mark.parametrize("name", ["k", "weights", "window_start", "window_end", "key_valid", "mask", "k_scale"])
+def test_an_argument_on_another_device_is_named(name: str) -> None:
+    """Everything lives where q lives; here the meta device stands for another one."""
+    optional = {"window_start": int32(S), "window_end": int32(S), "key_valid": true(B, T), "mask": true(T)}
+    call = arguments(**optional, k_scale=torch.ones(B, T))
+    call[name] = call[name].to("meta")
+    with pytest.raises(ValueError, match=rf"{name}: got device meta, expected q's device cpu"):
+        indexer_topk(**call)
+
+
+def test_errors_reach_the_user_through_torch_compile() -> None:
+    """A wrong shape inside a compiled program is reported with the same words."""
+    call = arguments(key_valid=true(T))
+    with pytest.raises(Exception, match=r"key_valid: got shape \[40\], expected \[B, T\] = \[2, 40\]"):
+        torch.compile(indexer_topk, backend="eager", fullgraph=True)(**call)
+
+
+def test_more_tokens_than_int32_holds_are_refused() -> None:
+    """Indices are int32."""
+    call = arguments(k=torch.empty(B, 2**31, D, device="meta"))
+    call = tree_map_only(Tensor, lambda x: x.to("meta"), call)
+    with pytest.raises(ValueError, match=r"k: got 2147483648 tokens, expected at most 2147483647"):
+        indexer_topk(**call)
+
+
+def test_broadcast_shapes_that_fit_are_no_errors() -> None:
+    """Scalars, single rows and single columns."""
+    for window in (int32(), int32(1), int32(S), int32(B, 1), int32(1, S), int32(B, S)):
+        indexer_topk(**arguments(window_start=window, window_end=window))
+    for mask in (true(), true(1), true(T), true(S, 1), true(S, T), true(B, 1, 1), true(1, 1, T), true(B, S, T)):
+        indexer_topk(**arguments(mask=mask))
+
+
+@pytest.mark.parametrize(
+    ("topk", "block_size", "block_topk", "expected"),
+    [
+        (0, None, None, (16, 2)),
+        (1, None, None, (16, 2)),
+        (16, None, None, (16, 4)),
+        (64, None, None, (16, 16)),
+        (512, None, None, (32, 64)),
+        (2048, None, None, (128, 64)),
+        (4096, None, None, (128, 128)),
+        (16, 64, None, (64, 2)),
+        (64, 64, None, (64, 4)),
+        (512, 64, None, (64, 32)),
+        (2048, 64, None, (64, 128)),
+        (4096, 1000, None, (1000, 17)),
+        (16, None, 64, (16, 64)),
+        (64, None, 4, (64, 4)),
+        (512, None, 32, (64, 32)),
+        (2048, None, 128, (64, 128)),
+        (4096, None, 2, (8192, 2)),
+        (512, 128, 8, (128, 8)),
+        (16, 8, 2, (8, 2)),
+    ],
+)
+def test_budgets_are_derived_from_what_is_given(
+    topk: int, block_size: int | None, block_topk: int | None, expected: tuple[int, int]
+) -> None:
+    """Four candidates for each selected token, the paper's 128 x 64 at topk = 2048; given values are kept."""
+    budget = resolve_budget(topk, block_size, block_topk)
+    assert budget == expected
+    assert budget.candidates >= topk
+
+
+def test_the_operator_uses_the_derived_budget() -> None:
+    """A call without a budget equals the call with the derived one, and differs from a smaller one."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, weights = (torch.randn(size, generator=generator) for size in ((1, 4, 2, 8), (1, 600, 8), (1, 4, 2)))
+    derived = resolve_budget(16)
+    actual = indexer_topk(q, k, weights, 16)
+    same = indexer_topk(q, k, weights, 16, block_size=derived.block_size, block_topk=derived.block_topk)
+    assert torch.equal(actual[0], same[0])
+    assert torch.equal(actual[0], reference.indexer_topk(q, k, weights, 16)[0])
+    assert not torch.equal(actual[0], indexer_topk(q, k, weights, 16, block_size=8, block_topk=2)[0])

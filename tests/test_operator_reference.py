@@ -1,0 +1,117 @@
+"""The reference against another formulation of the contract: one query at a time, in plain Python floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from strategies import Call, calls, make_values
+
+from hisa_compile.ops import reference
+
+INF = float("inf")
+
+
+def relu(x: float) -> float:
+    return x if x > 0 or math.isnan(x) else 0.0
+
+
+def score(query: Sequence[Sequence[float]], weights: Sequence[float], key: Sequence[float]) -> float:
+    """sum_h w[h] * ReLU(q[h] . key)."""
+    products = (sum(a * b for a, b in zip(head, key, strict=True)) for head in query)
+    return sum((w * relu(p) for w, p in zip(weights, products, strict=True)), 0.0)
+
+
+def by_score(scores: dict[int, float]) -> list[int]:
+    """Positions by descending score, NaN first, equal scores by ascending position."""
+    return sorted(scores, key=lambda p: (not math.isnan(scores[p]), 0.0 if math.isnan(scores[p]) else -scores[p], p))
+
+
+def select_for_one_query(call: Call, batch: int, query: int) -> tuple[list[int], list[float]]:
+    """The contract (docs/operator.md) for one query: positions and scores in sorted order."""
+    tokens, options = call.k.shape[1], call.options
+    rows = call.q.shape[:2]
+    keys: list[list[float]] = call.k[batch].double().tolist()
+    if "k_scale" in options:
+        scales = options["k_scale"][batch].tolist()
+        keys = [[x * scale for x in key] for key, scale in zip(keys, scales, strict=True)]
+    valid = options["key_valid"][batch].tolist() if "key_valid" in options else [True] * tokens
+    start = int(options["window_start"].expand(rows)[batch, query]) if "window_start" in options else 0
+    end = int(options["window_end"].expand(rows)[batch, query]) if "window_end" in options else tokens
+    allowed = options["mask"].expand(*rows, tokens)[batch, query].tolist() if "mask" in options else [True] * tokens
+    visible = [start <= t < end and valid[t] and allowed[t] for t in range(tokens)]
+    heads, weights = call.q[batch, query].double().tolist(), call.weights[batch, query].double().tolist()
+
+    size = options["block_size"]
+    blocks = [range(first, min(first + size, tokens)) for first in range(0, tokens, size)]
+    eligible = [b for b, block in enumerate(blocks) if any(visible[t] for t in block)]
+    means = {}
+    for b in eligible:
+        held = [keys[t] for t in blocks[b] if valid[t]]
+        means[b] = score(heads, weights, [sum(column) / len(held) for column in zip(*held, strict=True)])
+    ends = {eligible[0], eligible[-1]} if eligible else set()
+    inner = by_score({b: s for b, s in means.items() if b not in ends})
+    kept = ends | set(inner[: options["block_topk"] - len(ends)])
+
+    own = {t: score(heads, weights, keys[t]) for t in range(tokens)}
+    candidates = [t for t in range(tokens) if visible[t] and t // size in kept]
+    others = [t for t in range(tokens) if visible[t] and t // size not in kept]
+    hidden = [t for t in range(tokens) if not visible[t]]
+    chosen = (by_score({t: own[t] for t in candidates}) + others + hidden)[: min(call.topk, tokens)]
+    shown = {t: own[t] if visible[t] else -INF for t in chosen}
+    order = by_score(shown)
+    marked = [t if visible[t] or not options["mark_hidden"] else -1 for t in order]
+    return marked, [shown[t] for t in order]
+
+
+def assert_same_selection(call: Call) -> None:
+    indices, scores = call.with_options(sorted=True).run(reference.indexer_topk)
+    for batch in range(call.q.shape[0]):
+        for query in range(call.q.shape[1]):
+            positions, own = select_for_one_query(call, batch, query)
+            assert indices[batch, query].tolist() == positions
+            torch.testing.assert_close(scores[batch, query], torch.tensor(own).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@settings(max_examples=250, deadline=None)
+@given(calls(max_tokens=24, max_queries=3, max_dim=3))
+def test_the_reference_is_the_contract_written_out_for_each_query(call: Call) -> None:
+    """Budget, visibility, fills, ties, NaN, inf, order and marks: equal to a loop that knows no tensors."""
+    assert_same_selection(call)
+
+
+def test_the_reference_computes_float64_in_float64() -> None:
+    """Tokens whose scores differ by one part in 2^40 are told apart, and float32 inputs would tie them."""
+    k = 1 + torch.arange(6, dtype=torch.float64).view(1, 6, 1) * 2.0**-40
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    indices, scores = reference.indexer_topk(one, k, one[0], 4, block_size=2, block_topk=2)
+    assert indices.tolist() == [[[5, 4, 1, 0]]]
+    assert scores.dtype == torch.float64
+    assert scores[0, 0, 0] - 1 == 5 * 2.0**-40
+    assert reference.indexer_topk(one.float(), k.float(), one[0].float(), 4)[0].tolist() == [[[0, 1, 2, 3]]]
+
+
+@pytest.mark.parametrize("sorted_", [True, False])
+def test_unsorted_results_hold_the_same_tokens_with_their_own_scores(sorted_: bool) -> None:
+    """sorted=False may only change the order of a row."""
+    q, k, weights = make_values(torch.Generator().manual_seed(3), (2, 3, 40, 2, 4), torch.float32, "integers")
+    options = {"block_size": 4, "block_topk": 4, "window_end": torch.tensor([5, 30, 40]).int()}
+    expected, own = reference.indexer_topk(q, k, weights, 10, **options)
+    indices, scores = reference.indexer_topk(q, k, weights, 10, sorted=sorted_, **options)
+    by_position, expected_by_position = indices.sort(-1), expected.sort(-1)
+    assert torch.equal(by_position.values, expected_by_position.values)
+    assert torch.equal(scores.gather(-1, by_position.indices), own.gather(-1, expected_by_position.indices))
+
+
+def test_flat_topk_is_torch_topk_where_scores_differ() -> None:
+    """Without ties the flat reference is the program that the rewrite replaces."""
+    q, k, weights = (
+        x.double() for x in make_values(torch.Generator().manual_seed(0), (2, 3, 50, 2, 4), torch.float32, "gaussian")
+    )
+    indices, scores = reference.flat_topk(q, k, weights, 7)
+    values, expected = torch.einsum("bsh,bsht->bst", weights, torch.einsum("bshd,btd->bsht", q, k).relu()).topk(7)
+    assert torch.equal(indices.long(), expected)
+    assert torch.equal(scores, values)
