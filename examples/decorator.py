@@ -1,6 +1,6 @@
 """Marking regions: a budget of their own, opting out, and rewriting marked regions only.
 
-    python examples/decorator.py
+python examples/decorator.py
 """
 
 from __future__ import annotations

@@ -113,9 +113,7 @@ def selection_overlap(model: Any, ids: torch.Tensor, budget: hisa_compile.Budget
         chosen = torch.zeros(*a.shape[:2], ids.shape[1], dtype=torch.bool).scatter_(-1, a, True)
         overlaps.append(float(chosen.gather(-1, b).float().mean()))
 
-    hooks = [
-        layer.self_attn.indexer.register_forward_hook(compare, with_kwargs=True) for layer in model.model.layers
-    ]
+    hooks = [layer.self_attn.indexer.register_forward_hook(compare, with_kwargs=True) for layer in model.model.layers]
     model(ids, use_cache=False)
     for hook in hooks:
         hook.remove()

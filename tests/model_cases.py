@@ -159,7 +159,7 @@ def main() -> None:
     out.write_text(
         "# Models: sites found, rewritten, and the result against eager mode\n\n"
         f"Written by `python tests/model_cases.py --out docs/models.md`, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, CPU, in {time.time() - started:.0f} s.  Tiny models with random weights, B = 2, a "
+        f"{transformers.__version__}, CPU, in {time.time() - started:.0f} s.  Tiny models, random weights, B = 2, a "
         "context that fits the budget; base `aot_eager` with Inductor's decompositions.  Every selection that is not "
         "an indexer (MoE routers and the sort of their experts) is left alone.  The error is the largest difference "
         "of the logits over the largest logit; bfloat16 differs from eager mode by Inductor's decompositions too.\n\n"

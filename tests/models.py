@@ -87,8 +87,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], int, tuple[str, ...]]] = {
 def build(name: str, dtype: torch.dtype = torch.float32, attention: str = "eager", **overrides: Any) -> Any:
     """The model ``name`` in evaluation mode, tiny, with random weights that depend on nothing else."""
     config_class, model_class, settings, _, _ = MODELS[name]
-    config = getattr(transformers, config_class)(
-        **{**_COMMON, **settings, **overrides}, attn_implementation=attention
-    )
+    config = getattr(transformers, config_class)(**{**_COMMON, **settings, **overrides}, attn_implementation=attention)
     torch.manual_seed(0)
     return getattr(transformers, model_class)(config).eval().to(dtype)

@@ -75,9 +75,14 @@ class Program:
 
     @property
     def inner_scale(self) -> float:
-        return {"product": 0.25, "query": 0.5, "tensor": 0.25, "negative": -0.5, "negative_tensor": -2.0, "divided": 0.25}.get(
-            self.scale, 1.0
-        )
+        return {
+            "product": 0.25,
+            "query": 0.5,
+            "tensor": 0.25,
+            "negative": -0.5,
+            "negative_tensor": -2.0,
+            "divided": 0.25,
+        }.get(self.scale, 1.0)
 
     # The program ----------------------------------------------------------------------------------------------------
 
@@ -128,8 +133,10 @@ class Program:
             case "divided":
                 return x / 4
             case "tensor" | "negative_tensor":
-                return x * torch.full((), self.inner_scale).sqrt().square() if self.scale == "tensor" else x * (
-                    -torch.full((), -self.inner_scale).abs()
+                return (
+                    x * torch.full((), self.inner_scale).sqrt().square()
+                    if self.scale == "tensor"
+                    else x * (-torch.full((), -self.inner_scale).abs())
                 )
         return x
 

@@ -70,7 +70,9 @@ NEAR_MISSES: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
     "additive bias instead of a mask": lambda q, k, w: best(
         weighted(product(q, k).relu(), w) + torch.where(torch.arange(T) > 9, -1.0, 0.0)
     ),
-    "unknown additive mask": lambda q, k, w: best(weighted(product(q, k).relu(), w) + w.sum(-1, keepdim=True) * k[:, None, :, 0]),
+    "unknown additive mask": lambda q, k, w: best(
+        weighted(product(q, k).relu(), w) + w.sum(-1, keepdim=True) * k[:, None, :, 0]
+    ),
     "mask inside the sum over heads": lambda q, k, w: best(
         weighted(product(q, k).relu().masked_fill(torch.arange(T) > 9, float("-inf")), w.abs())
     ),

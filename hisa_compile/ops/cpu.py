@@ -1,9 +1,12 @@
 """``hisa::indexer_topk`` on the CPU: the two stages of HISA in plain torch operations, chunk by chunk.
 
-A row is one query of one batch entry.  Products are issued row by row, each in a shape that depends on
-neither the batch nor the number of queries and on 64-byte aligned float32 copies, because a BLAS may add
-in another order for another shape or alignment: so a row's bits depend on its own inputs alone.  All else
-(visibility, filter, selection) is exact arithmetic on integers and works on a chunk of rows at once.
+A row is one query of one batch entry.  Products are issued for groups of ``GROUP`` rows as one batched
+product in a shape that depends on neither the batch nor the number of queries, on 64-byte aligned float32
+copies; a group that is not full repeats its last row.  For a BLAS may add in another order for another
+shape or alignment, and a row's bits must depend on its own inputs alone.  Groups, because every torch
+operation is a parallel region that all threads enter and leave: one per row costs more than it computes.
+All else (visibility, filter, selection) is exact arithmetic on integers, on a chunk of rows at once.
+
 Half-precision and float8 keys are cast up tile by tile, and ``k_scale`` multiplies the float32 product,
 ``relu(k_scale * (q . k))``, so that the products themselves are exact.
 """
@@ -11,8 +14,9 @@ Half-precision and float8 keys are cast up tile by tile, and ``k_scale`` multipl
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +25,12 @@ from .budget import Budget
 from .reference import pooled_dtype
 from .visibility import Visibility
 
-# Elements of a tile of keys or products: 512 KiB of float32, so that a tile stays in the L2 cache.
-TILE_ELEMENTS = 1 << 17
-# Candidates (rows x columns) of a chunk.  The selection needs about 48 bytes for each, so 6 MiB.
+# Rows whose products are one operation.  More would spread better over many threads, but a single query,
+# as in decoding, pays for a whole group.
+GROUP = 8
+# Elements of a group's tile of keys: 1 MiB of float32.
+TILE_ELEMENTS = 1 << 18
+# Candidates (rows x columns) that are selected from at once, with about 48 bytes for each: 6 MiB.
 CHUNK_ELEMENTS = 1 << 17
 
 _INT32_MIN = -(1 << 31)
@@ -54,77 +61,132 @@ def _float32_products() -> Iterator[None]:
 
 
 def _aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Uninitialised float32 [rows, columns] in which every row begins at a multiple of 64 bytes."""
-    return like.new_empty((rows, -(-columns // 16) * 16), dtype=torch.float32)[:, :columns]
+    """Uninitialised float32 [rows, columns'] of at least ``columns``; rows begin at multiples of 64 bytes."""
+    return like.new_empty((rows, -(-columns // 16) * 16), dtype=torch.float32)
 
 
 class _Scorer:
-    """Scores of a chunk's rows against tiles of keys, in buffers that are reused from tile to tile."""
+    """Scores of a chunk's rows against keys, tile by tile."""
 
     def __init__(self, q: Tensor, k: Tensor, weights: Tensor, k_scale: Tensor | None) -> None:
-        heads, dim = q.shape[2:]
         self.q, self.k, self.weights, self.k_scale = q, k, weights, k_scale
-        # A multiple of 64, so that every tile of a row of scores is aligned too.
-        self.tile = min(max(TILE_ELEMENTS // max(heads, dim, 1) // 64, 1) * 64, 2048)
-        self._keys = q.new_empty((self.tile, dim), dtype=torch.float32)
-        self._products = q.new_empty((self.tile, heads), dtype=torch.float32)
-        self._rows: list[tuple[int, Tensor, Tensor]] = []
+        self.heads, self.dim = q.shape[2:]
+        self._largest_tile = min(max(TILE_ELEMENTS // (GROUP * max(self.heads, self.dim, 1)) // 16, 1) * 16, 2048)
+        self._batches: list[int] = []
+        self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
 
     def load(self, rows: _Rows) -> None:
         """Make ``rows`` the chunk that the methods below know by number."""
-        count, (heads, dim) = rows.batch.shape[0], self.q.shape[2:]
-        queries = _aligned_rows(self.q, count, heads * dim).unflatten(1, (heads, dim))
-        weights = _aligned_rows(self.q, count, heads)
-        queries.copy_(self.q[rows.batch, rows.query])
-        weights.copy_(self.weights[rows.batch, rows.query])
-        self._rows = list(zip(rows.batch.tolist(), queries.mT.unbind(), weights.unbind(), strict=True))
+        count = rows.batch.shape[0]
+        self._queries = _aligned_rows(self.q, count, self.heads * self.dim)
+        self._queries[:, : self.heads * self.dim] = self.q[rows.batch, rows.query].flatten(1)
+        self._weights = self.weights[rows.batch, rows.query].float()
+        self._batches = rows.batch.tolist()
 
     def all_keys(self, keys: Tensor, k_scale: Tensor | None, spans: list[list[int]]) -> Tensor:
         """Scores of all rows against ``keys`` [B, N, D], as [R, N].
 
-        ``spans`` holds a row's first and last + 1 column of interest; a tile outside stays unwritten.
+        ``spans`` holds a row's first and last + 1 column of interest; a tile that no row of its group is
+        interested in stays unwritten.
         """
         count = keys.shape[1]
-        scores = _aligned_rows(keys, len(self._rows), count)
-        for first in range(0, count, self.tile):
-            last = min(first + self.tile, count)
-            tile, products = self._keys[: last - first], self._products[: last - first]
-            sums = scores[:, first:last].unbind()
-            loaded, scale = -1, None
-            for (batch, query, weight), (start, end), out in zip(self._rows, spans, sums, strict=True):
-                if start >= last or end <= first:
+        groups = self._groups(range(len(self._batches)))
+        size, starts = self._tiles(count)
+        scores = keys.new_empty((len(groups) * GROUP, size * len(starts)), dtype=torch.float32)
+        tile, products = self._buffers(size)
+        for first in starts:
+            last = min(first + size, count)
+            # A group of one batch entry shares its tile, which stays for the next group of that entry.
+            shared = -1
+            for group, out in zip(groups, scores[:, first : first + size].split(GROUP), strict=True):
+                if all(start >= last or end <= first for start, end in (spans[number] for number in group.numbers)):
                     continue
-                if loaded != batch:
-                    tile.copy_(keys[batch, first:last])
-                    scale = None if k_scale is None else k_scale[batch, first:last, None]
-                    loaded = batch
-                _weighted_scores(tile, query, weight, scale, products, out)
-        return scores
+                if group.only_batch is None or group.only_batch != shared:
+                    for batch, members in group.runs:
+                        members = slice(1) if group.only_batch is not None else members
+                        tile[members, : last - first] = keys[batch, first:last]
+                    shared = -1 if group.only_batch is None else group.only_batch
+                seen = tile if group.only_batch is None else tile[:1].expand(tile.shape)
+                torch.bmm(seen, group.queries, out=products)
+                if k_scale is not None:
+                    products[:, : last - first] *= k_scale[group.batches, first:last, None]
+                torch.sum(products.relu_().mul_(group.weights), -1, out=out)
+        return scores[: len(self._batches), :count]
 
-    def keys_at(self, row: int, positions: Tensor, scores: Tensor) -> None:
-        """Scores of one row at ``positions`` [N] into ``scores`` [N], which begins at a multiple of 64 bytes."""
-        batch, query, weight = self._rows[row]
-        keys = self.k[batch]
-        pieces = zip(positions.split(self.tile), scores.split(self.tile), strict=True)
-        for tile_positions, out in pieces:
-            size = tile_positions.shape[0]
-            tile = self._keys[:size]
-            if keys.dtype == torch.float32:
-                torch.index_select(keys, 0, tile_positions, out=tile)
-            else:
-                tile.copy_(keys.index_select(0, tile_positions))
-            scale = None if self.k_scale is None else self.k_scale[batch].index_select(0, tile_positions)[:, None]
-            _weighted_scores(tile, query, weight, scale, self._products[:size], out)
+    def keys_at(self, numbers: list[int], positions: Tensor, counts: list[int]) -> Tensor:
+        """Scores of the rows ``numbers`` at ``positions`` [R, N], as [R, N]; past a row's ``counts`` anything."""
+        groups = self._groups(numbers)
+        size, starts = self._tiles(positions.shape[1])
+        padding = (0, size * len(starts) - positions.shape[1], 0, len(groups) * GROUP - len(numbers))
+        padded = torch.nn.functional.pad(positions, padding)
+        scores = self._weights.new_empty(padded.shape)
+        tile, products = self._buffers(size)
+        for number, group in enumerate(groups):
+            rows = slice(number * GROUP, (number + 1) * GROUP)
+            longest = max(counts[rows])
+            for first in starts:
+                if first >= longest:
+                    break
+                at = padded[rows, first : first + size]
+                for batch, members in group.runs:
+                    keys, chosen = self.k[batch], at[members].flatten()
+                    if keys.dtype == torch.float32:
+                        torch.index_select(keys, 0, chosen, out=tile[members].flatten(0, 1))
+                    else:
+                        tile[members] = keys.index_select(0, chosen).view_as(tile[members])
+                torch.bmm(tile, group.queries, out=products)
+                if self.k_scale is not None:
+                    products *= self.k_scale[group.batches[:, None], at][..., None]
+                torch.sum(products.relu_().mul_(group.weights), -1, out=scores[rows, first : first + size])
+        return scores[: len(numbers), : positions.shape[1]]
+
+    def _groups(self, numbers: Sequence[int]) -> list[_Group]:
+        return [self._group(list(numbers[first : first + GROUP])) for first in range(0, len(numbers), GROUP)]
+
+    def _group(self, numbers: list[int]) -> _Group:
+        numbers += numbers[-1:] * (GROUP - len(numbers))
+        chosen = torch.tensor(numbers, device=self.q.device)
+        queries = self._queries.index_select(0, chosen)[:, : self.heads * self.dim]
+        batches = [self._batches[number] for number in numbers]
+        starts = [i for i in range(GROUP) if i == 0 or batches[i] != batches[i - 1]]
+        runs = [(batches[i], slice(i, end)) for i, end in zip(starts, [*starts[1:], GROUP], strict=True)]
+        return _Group(
+            numbers,
+            queries.unflatten(1, (self.heads, self.dim)).mT,
+            self._weights.index_select(0, chosen)[:, None],
+            torch.tensor(batches, device=self.q.device),
+            runs,
+            runs[0][0] if len(runs) == 1 else None,
+        )
+
+    def _tiles(self, count: int) -> tuple[int, range]:
+        """Size, a multiple of 16, and starts of the tiles that cover ``count`` columns."""
+        tiles = -(-count // self._largest_tile)
+        size = -(-count // (16 * tiles)) * 16
+        return size, range(0, count, size)
+
+    def _buffers(self, size: int) -> tuple[Tensor, Tensor]:
+        """Keys [GROUP, size, D] and products [GROUP, size, H] of a tile, the same ones for every tile.
+
+        A last tile that is not full holds anything at its end, as do the scores there; zeros to begin
+        with, since arithmetic on what memory happens to hold may be slow (denormal numbers).
+        """
+        if size not in self._scratch:
+            tile = self.q.new_zeros((GROUP, size, self.dim), dtype=torch.float32)
+            self._scratch[size] = tile, self.q.new_empty((GROUP, size, self.heads), dtype=torch.float32)
+        return self._scratch[size]
 
 
-def _weighted_scores(
-    keys: Tensor, query: Tensor, weight: Tensor, scale: Tensor | None, products: Tensor, out: Tensor
-) -> None:
-    """``relu(scale * (keys @ query)) @ weight`` into ``out``; keys [N, D], query [D, H], scale [N, 1]."""
-    torch.mm(keys, query, out=products)
-    if scale is not None:
-        products *= scale
-    torch.mv(products.relu_(), weight, out=out)
+class _Group(NamedTuple):
+    """``GROUP`` rows of the chunk: queries [GROUP, D, H], weights [GROUP, 1, H], batch entries [GROUP]."""
+
+    numbers: list[int]
+    queries: Tensor
+    weights: Tensor
+    batches: Tensor
+    runs: list[tuple[int, slice]]
+    """Consecutive rows of one batch entry."""
+    only_batch: int | None
 
 
 class _Rows:
@@ -272,11 +334,10 @@ def _fill_up(
     positions[slots] = position
     visible[slots] = seen[row, position]
     slots &= visible
-    for row_slots, number, row_positions, row_scores in zip(slots, numbers.tolist(), positions, scores, strict=True):
-        chosen = row_slots.nonzero()[:, 0]
-        found = scores.new_empty(chosen.shape)
-        scorer.keys_at(number, row_positions[chosen], found)
-        row_scores[chosen] = found
+    scored = slots.any(-1).nonzero()[:, 0]
+    if scored.numel():
+        found = scorer.keys_at(numbers[scored].tolist(), positions[scored], [positions.shape[1]] * len(scored))
+        scores[scored] = torch.where(slots[scored], found, scores[scored])
 
 
 def indexer_topk_cpu(
@@ -309,7 +370,7 @@ def indexer_topk_cpu(
         columns = budget.candidates + blocks + looked_at
     else:
         means, columns = None, tokens
-    chunk = max(1, CHUNK_ELEMENTS // columns)
+    chunk = max(1, CHUNK_ELEMENTS // (columns * GROUP)) * GROUP
     scorer = _Scorer(q, k, weights, k_scale)
     with _float32_products():
         for first in range(0, batch * queries, chunk):
@@ -348,11 +409,7 @@ def _hierarchical(
     kept, count = _kept_blocks(block_scores, rows.sees_in_blocks(block_size, blocks), block_topk)
     positions = (kept[..., None] * block_size + torch.arange(block_size, device=kept.device)).flatten(1)
     readable = positions.clamp_max(rows.tokens - 1)
-    scores = _aligned_rows(block_scores, *positions.shape)
-    for number, (length, row_positions, row_scores) in enumerate(
-        zip((count * block_size).tolist(), readable, scores, strict=True)
-    ):
-        scorer.keys_at(number, row_positions[:length], row_scores[:length])
+    scores = scorer.keys_at(list(range(len(count))), readable, (count * block_size).tolist())
     found = _best(scores, rows.sees(positions), positions, width)
     for short in _short_rows(found[2], max(1, CHUNK_ELEMENTS // rows.tokens)):
         part = tuple(x[short] for x in found)
@@ -381,7 +438,12 @@ def _best(scores: Tensor, visible: Tensor, positions: Tensor, width: int) -> tup
     Columns must be in ascending order of position.  The scores of hidden columns may be uninitialised.
     """
     columns = torch.arange(scores.shape[1], device=scores.device)
-    rank = _rank(scores).masked_fill_(~visible, _INT32_MIN)
-    best = _unique_rank(rank, columns).topk(width).indices
+    at_once = max(1, CHUNK_ELEMENTS // scores.shape[1])
+    best = torch.cat(
+        [
+            _unique_rank(_rank(some_scores).masked_fill_(~some_visible, _INT32_MIN), columns).topk(width).indices
+            for some_scores, some_visible in zip(scores.split(at_once), visible.split(at_once), strict=True)
+        ]
+    )
     seen = visible.gather(-1, best)
     return positions.gather(-1, best), scores.gather(-1, best).masked_fill_(~seen, float("-inf")), seen

@@ -12,7 +12,8 @@ the only position of a dimension of size 1.  A view may cut an axis; the axis th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -66,7 +67,8 @@ def resolved(index: Index) -> Index:
     return tuple(out)
 
 
-class Access(NamedTuple):
+@dataclass(frozen=True)
+class Access:
     """One element of a node's tensor, as a function of axes: ``index[d]`` addresses dimension d."""
 
     node: Node
@@ -133,7 +135,9 @@ def regroup(index: Sequence[Index], sizes: Sequence[sympy.Expr]) -> tuple[Index,
     return None if todo else tuple(out)
 
 
-def broadcast(index: Sequence[Index], out_sizes: Sequence[sympy.Expr], sizes: Sequence[sympy.Expr]) -> tuple[Index, ...] | None:
+def broadcast(
+    index: Sequence[Index], out_sizes: Sequence[sympy.Expr], sizes: Sequence[sympy.Expr]
+) -> tuple[Index, ...] | None:
     """The element of an operand of shape ``sizes`` that broadcasting reads for ``index`` of the result.
 
     None where the sizes don't tell: an unknown size that may or may not be 1.

@@ -62,6 +62,7 @@ class Emitter:
         return self._sizes[expr]
 
     def _size_node(self, expr: sympy.Expr) -> Node:
+        node: Node
         for node in self.graph.nodes:
             if node is self.before:
                 break
@@ -85,9 +86,7 @@ class Emitter:
         return x if x.meta["val"].dtype == dtype else self.call(prims.convert_element_type.default, x, dtype)
 
     def reshape(self, x: Node, sizes: Sequence[sympy.Expr]) -> Node:
-        same = len(sizes) == len(shape_of(x)) and all(
-            same_size(a, b) for a, b in zip(shape_of(x), sizes, strict=True)
-        )
+        same = len(sizes) == len(shape_of(x)) and all(same_size(a, b) for a, b in zip(shape_of(x), sizes, strict=True))
         return x if same else self.call(aten.reshape.default, x, [self.size(size) for size in sizes])
 
     def arrange(self, access: Access, dims: Sequence[Index], keep_missing: bool = False) -> Node:

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from ..ops.validate import KEY_DTYPES
 from .axes import Access, Axis, Index, fresh_index, resolved, shape_of
-from .rules import CASTS, LAYOUT, constant, is_hidden_value, open_access
+from .rules import CASTS, LAYOUT, argument, constant, is_hidden_value, open_access
 from .terms import Not, Plus, Product, Relu, Scalar, Sum, Term, Where
 
 SCORE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -89,7 +89,7 @@ def stripped(access: Access) -> Access:
     while True:
         node = access.node
         if node.target in CASTS:
-            source, to = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+            source, to = argument(node, 0).meta["val"].dtype, node.meta["val"].dtype
             if source not in KEY_DTYPES or to not in SCORE_DTYPES or torch.promote_types(source, to) != to:
                 return access
         elif node.target not in LAYOUT:
@@ -181,7 +181,9 @@ class _Analysis:
                     elif self.mask_term(a, dtype):
                         term = b
                     else:
-                        raise NotAnIndexer(f"a term is added to the score that is not provably a mask: {_name(b)} or {_name(a)}")
+                        raise NotAnIndexer(
+                            f"a term is added to the score that is not provably a mask: {_name(b)} or {_name(a)}"
+                        )
                 case _:
                     return term
 
@@ -262,7 +264,7 @@ class _Analysis:
     def inner(self, term: Term) -> None:
         if self.key_side:
             raise NotAnIndexer(
-                f"the ReLU is multiplied by {_name(self.key_side[0])}, which varies over the keys and whose sign is unknown"
+                f"the ReLU is multiplied by {_name(self.key_side[0])}, which varies over the keys: its sign is unknown"
             )
         self.factors(term, key_found=False)
 
@@ -324,7 +326,7 @@ class _Analysis:
             raise NotAnIndexer("the keys do not cover the whole axis that is selected along")
         form.batch = tuple(a for a in rows if a in form.key.axes)
         form.queries = tuple(a for a in rows if a not in form.key.axes)
-        if not form.queries and len(form.batch) > 1 or self.made_from_query(form.key, rows):
+        if (not form.queries and len(form.batch) > 1) or self.made_from_query(form.key, rows):
             raise NotAnIndexer(f"each query has keys of its own: {_name(form.key)}")
         if not self.sums_heads and len(form.queries) > 1:
             raise NotAnIndexer("no sum over heads, and tokens are selected for several axes separately, as heads are")
@@ -340,7 +342,6 @@ class _Analysis:
             _reject(condition.access, form.heads + form.features, "the mask depends on the heads", condition.access)
         if not set(form.heads).isdisjoint(form.features):
             raise NotAnIndexer("one axis is summed both inside and outside the ReLU")
-
 
     def made_from_query(self, key: Access, rows: Index) -> bool:
         """Whether the key is itself a contraction with something that varies over the score's rows."""
@@ -361,5 +362,3 @@ def _op_name(node: Node) -> str:
 
 def _name(term: Term) -> str:
     return f"{_op_name(term.node)} ({term.node.name})" if isinstance(term, Access) else type(term).__name__.lower()
-
-

@@ -54,7 +54,7 @@ class Site:
 
     @property
     def work_after(self) -> sympy.Expr | None:
-        """Multiply-adds a query of HISA, in T: all tokens while they fit the budget m * B, else one mean a block and m * B tokens."""
+        """Multiply-adds a query of HISA, in T: every token while they fit m * B, then block means and m * B tokens."""
         if self.heads is None or self.head_dim is None or self.budget is None:
             return None
         candidates = self.budget.candidates

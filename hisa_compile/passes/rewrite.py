@@ -216,7 +216,12 @@ def _weights(emit: Emitter, form: IndexerForm, factors: list[Node], scale: float
     sizes = [product_of_sizes(axes) for axes in (form.batch, form.queries, form.heads)]
     if not factors:
         return emit.call(
-            aten.full.default, [emit.size(s) for s in sizes], scale, dtype=torch.float32, device=device, pin_memory=False
+            aten.full.default,
+            [emit.size(s) for s in sizes],
+            scale,
+            dtype=torch.float32,
+            device=device,
+            pin_memory=False,
         )
     weights = _product(emit, factors)
     if scale != 1 or weights.meta["val"].dtype not in WEIGHT_DTYPES:

@@ -4,7 +4,7 @@ To teach the analysis an operation, add a function here::
 
     @rule(aten.permute.default)
     def _permute(node, index):
-        x, order = node.args[:2]
+        x, order = argument(node, 0), argument(node, 1)
         ...
         return Access(x, ...)
 
@@ -71,7 +71,8 @@ def _lifted_constant(node: Node) -> Scalar | None:
         return Scalar(float(value))
 
 
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+def argument(node: Node, position: int, name: str = "", default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
@@ -93,7 +94,7 @@ def _pointwise(form: Callable[..., Term]) -> Rule:
     """A rule for a binary pointwise operation."""
 
     def apply(node: Node, index: tuple[Index, ...]) -> Term | None:
-        a, b = _operand(node.args[0], node, index), _operand(node.args[1], node, index)
+        a, b = _operand(argument(node, 0), node, index), _operand(argument(node, 1), node, index)
         return None if a is None or b is None else form(a, b)
 
     return apply
@@ -121,12 +122,12 @@ def constant(term: Term) -> float | None:
     kind=LAYOUT,
 )
 def _same(node: Node, index: tuple[Index, ...]) -> Term | None:
-    return Access(node.args[0], index)
+    return Access(argument(node, 0), index)
 
 
 @rule(prims.convert_element_type.default, aten._to_copy.default, kind=CASTS)
 def _cast(node: Node, index: tuple[Index, ...]) -> Term | None:
-    x: Node = node.args[0]
+    x = argument(node, 0)
     same_device = x.meta["val"].device == node.meta["val"].device
     return Access(x, index) if same_device else None
 
@@ -140,44 +141,44 @@ def _cast(node: Node, index: tuple[Index, ...]) -> Term | None:
     kind=LAYOUT,
 )
 def _view(node: Node, index: tuple[Index, ...]) -> Term | None:
-    x: Node = node.args[0]
+    x = argument(node, 0)
     read = regroup(index, shape_of(x))
     return None if read is None else Access(x, read)
 
 
 @rule(aten.expand.default, kind=LAYOUT)
 def _expand(node: Node, index: tuple[Index, ...]) -> Term | None:
-    x: Node = node.args[0]
+    x = argument(node, 0)
     read = broadcast(index, shape_of(node), shape_of(x))
     return None if read is None else Access(x, read)
 
 
 @rule(aten.permute.default, kind=LAYOUT)
 def _permute(node: Node, index: tuple[Index, ...]) -> Term | None:
-    order = _dims(node.args[1], len(index))
-    return Access(node.args[0], tuple(index[order.index(d)] for d in range(len(index))))
+    order = _dims(argument(node, 1), len(index))
+    return Access(argument(node, 0), tuple(index[order.index(d)] for d in range(len(index))))
 
 
 @rule(aten.transpose.int, aten.t.default, kind=LAYOUT)
 def _transpose(node: Node, index: tuple[Index, ...]) -> Term | None:
     out = list(index)
     if len(out) >= 2:
-        a, b = _dims(node.args[1:3] if len(node.args) > 1 else (0, 1), len(out))
+        a, b = _dims((argument(node, 1, default=0), argument(node, 2, default=1)), len(out))
         out[a], out[b] = out[b], out[a]
-    return Access(node.args[0], tuple(out))
+    return Access(argument(node, 0), tuple(out))
 
 
 @rule(aten.unsqueeze.default, kind=LAYOUT)
 def _unsqueeze(node: Node, index: tuple[Index, ...]) -> Term | None:
-    dim = node.args[1] % len(index)
-    return Access(node.args[0], index[:dim] + index[dim + 1 :])
+    dim = argument(node, 1) % len(index)
+    return Access(argument(node, 0), index[:dim] + index[dim + 1 :])
 
 
 @rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, kind=LAYOUT)
 def _squeeze(node: Node, index: tuple[Index, ...]) -> Term | None:
-    x: Node = node.args[0]
+    x = argument(node, 0)
     sizes = shape_of(x)
-    asked = _dims(node.args[1], len(sizes)) if len(node.args) > 1 else range(len(sizes))
+    asked = _dims(argument(node, 1), len(sizes)) if len(node.args) > 1 else range(len(sizes))
     gone = {d for d in asked if sizes[d] == 1}
     if len(index) + len(gone) != len(sizes):
         return None
@@ -188,7 +189,7 @@ def _squeeze(node: Node, index: tuple[Index, ...]) -> Term | None:
 @rule(aten.slice.Tensor, kind=LAYOUT)
 def _slice(node: Node, index: tuple[Index, ...]) -> Term | None:
     # Only the slice that keeps everything, which real graphs are full of.
-    x: Node = node.args[0]
+    x = argument(node, 0)
     dim = argument(node, 1, "dim", 0) % len(index)
     whole = same_size(shape_of(x)[dim], shape_of(node)[dim]) and argument(node, 4, "step", 1) == 1
     return Access(x, index) if whole else None
@@ -196,9 +197,9 @@ def _slice(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.select.int, kind=LAYOUT)
 def _select(node: Node, index: tuple[Index, ...]) -> Term | None:
-    x: Node = node.args[0]
+    x = argument(node, 0)
     sizes = shape_of(x)
-    dim = node.args[1] % len(sizes)
+    dim = argument(node, 1) % len(sizes)
     return Access(x, (*index[:dim], (), *index[dim:])) if sizes[dim] == 1 else None
 
 
@@ -213,7 +214,7 @@ def _mul(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.div.Tensor, aten.div.Scalar)
 def _div(node: Node, index: tuple[Index, ...]) -> Term | None:
-    x, by = _operand(node.args[0], node, index), node.args[1]
+    x, by = _operand(argument(node, 0), node, index), argument(node, 1)
     divisor = constant(Access(by, ((),) * by.meta["val"].dim())) if isinstance(by, Node) else by
     if x is None or not isinstance(divisor, (int, float)) or divisor == 0:
         return None
@@ -222,7 +223,7 @@ def _div(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.neg.default)
 def _neg(node: Node, index: tuple[Index, ...]) -> Term | None:
-    return Product((Access(node.args[0], index), Scalar(-1.0)))
+    return Product((Access(argument(node, 0), index), Scalar(-1.0)))
 
 
 @rule(aten.add.Tensor, aten.add.Scalar)
@@ -232,7 +233,7 @@ def _add(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.sum.dim_IntList, aten.sum.default)
 def _sum(node: Node, index: tuple[Index, ...]) -> Term | None:
-    x: Node = node.args[0]
+    x = argument(node, 0)
     sizes = shape_of(x)
     asked = argument(node, 1, "dim")
     summed = set(_dims(asked, len(sizes)) if asked else range(len(sizes)))
@@ -250,7 +251,14 @@ def _sum(node: Node, index: tuple[Index, ...]) -> Term | None:
     return Sum(tuple(axes), Access(x, tuple(read)))
 
 
-def _contraction(a: Node, b: Node, batch_a: tuple[Index, ...], batch_b: tuple[Index, ...], row: tuple[Index, ...], column: tuple[Index, ...]) -> Term:
+def _contraction(
+    a: Node,
+    b: Node,
+    batch_a: tuple[Index, ...],
+    batch_b: tuple[Index, ...],
+    row: tuple[Index, ...],
+    column: tuple[Index, ...],
+) -> Term:
     """sum_c a[batch, row, c] * b[batch, c, column]; row and column are empty for vectors."""
     size = shape_of(a)[-1]
     axis: Index = () if size == 1 else (Axis(size, "c"),)
@@ -259,7 +267,7 @@ def _contraction(a: Node, b: Node, batch_a: tuple[Index, ...], batch_b: tuple[In
 
 @rule(aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default, aten.matmul.default)
 def _matmul(node: Node, index: tuple[Index, ...]) -> Term | None:
-    a, b = node.args[:2]
+    a, b = argument(node, 0), argument(node, 1)
     sizes_a, sizes_b, sizes = shape_of(a), shape_of(b), shape_of(node)
     columns = 0 if len(sizes_b) == 1 else 1
     rows = 0 if len(sizes_a) == 1 else 1
@@ -273,21 +281,23 @@ def _matmul(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.baddbmm.default, aten.addmm.default)
 def _add_matmul(node: Node, index: tuple[Index, ...]) -> Term | None:
-    addend, a, b = node.args[:3]
+    addend, a, b = (argument(node, i) for i in range(3))
     added = _operand(addend, node, index)
     if added is None:
         return None
     product = _contraction(a, b, index[:-2], index[:-2], index[-2:-1], index[-1:])
-    beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-    return Plus((
-        added if beta == 1 else Product((added, Scalar(beta))),
-        product if alpha == 1 else Product((product, Scalar(alpha))),
-    ))
+    beta, alpha = argument(node, 3, "beta", 1), argument(node, 4, "alpha", 1)
+    return Plus(
+        (
+            added if beta == 1 else Product((added, Scalar(beta))),
+            product if alpha == 1 else Product((product, Scalar(alpha))),
+        )
+    )
 
 
 @rule(aten.einsum.default)
 def _einsum(node: Node, index: tuple[Index, ...]) -> Term | None:
-    equation, operands = node.args[:2]
+    equation, operands = argument(node, 0), argument(node, 1)
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     if not arrow or "." in equation or len(output) != len(index):
         return None
@@ -317,18 +327,18 @@ def _einsum(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.relu.default)
 def _relu(node: Node, index: tuple[Index, ...]) -> Term | None:
-    return Relu(Access(node.args[0], index))
+    return Relu(Access(argument(node, 0), index))
 
 
 @rule(aten.clamp.default, aten.clamp_min.default)
 def _clamp(node: Node, index: tuple[Index, ...]) -> Term | None:
     low, high = argument(node, 1, "min"), argument(node, 2, "max")
-    return Relu(Access(node.args[0], index)) if low == 0 and high is None else None
+    return Relu(Access(argument(node, 0), index)) if low == 0 and high is None else None
 
 
 @rule(aten.maximum.default, aten.clamp_min.Tensor)
 def _maximum(node: Node, index: tuple[Index, ...]) -> Term | None:
-    a, b = _operand(node.args[0], node, index), _operand(node.args[1], node, index)
+    a, b = _operand(argument(node, 0), node, index), _operand(argument(node, 1), node, index)
     if a is None or b is None:
         return None
     return Relu(a) if constant(b) == 0 else Relu(b) if constant(a) == 0 else None
@@ -336,7 +346,7 @@ def _maximum(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.threshold.default)
 def _threshold(node: Node, index: tuple[Index, ...]) -> Term | None:
-    return Relu(Access(node.args[0], index)) if tuple(node.args[1:3]) == (0, 0) else None
+    return Relu(Access(argument(node, 0), index)) if (argument(node, 1), argument(node, 2)) == (0, 0) else None
 
 
 # x > 0 and x >= 0 gate alike: at x = 0 both branches are 0.
@@ -349,7 +359,7 @@ def _compared_with_zero(condition: Term | None, signs: Sequence[Any]) -> Access 
     while isinstance(condition, Access):
         node = condition.node
         if node.target in signs:
-            return Access(node.args[0], condition.index) if node.args[1] == 0 else None
+            return Access(argument(node, 0), condition.index) if argument(node, 1) == 0 else None
         condition = open_access(condition) if node.target in LAYOUT | CASTS else None
     return None
 
@@ -360,7 +370,7 @@ def _is(x: Term | None, other: Access | None) -> bool:
 
 def _gated(node: Node, index: tuple[Index, ...]) -> Term | None:
     """x * (x > 0)."""
-    a, b = _operand(node.args[0], node, index), _operand(node.args[1], node, index)
+    a, b = _operand(argument(node, 0), node, index), _operand(argument(node, 1), node, index)
     for x, gate in ((a, b), (b, a)):
         if _is(x, _compared_with_zero(gate, _POSITIVE)):
             assert x is not None
@@ -373,7 +383,7 @@ def _gated(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
 def _where(node: Node, index: tuple[Index, ...]) -> Term | None:
-    condition, a, b = (_operand(x, node, index) for x in node.args[:3])
+    condition, a, b = (_operand(argument(node, i), node, index) for i in range(3))
     if not isinstance(condition, Access) or a is None or b is None:
         return None
     if _is(a, _compared_with_zero(condition, _POSITIVE)) and constant(b) == 0:
@@ -385,7 +395,7 @@ def _where(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def _masked_fill(node: Node, index: tuple[Index, ...]) -> Term | None:
-    x, condition, value = (_operand(arg, node, index) for arg in node.args[:3])
+    x, condition, value = (_operand(argument(node, i), node, index) for i in range(3))
     if not isinstance(condition, Access) or x is None or value is None:
         return None
     return Where(condition, value, x)
@@ -393,7 +403,7 @@ def _masked_fill(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.bitwise_not.default, aten.logical_not.default)
 def _not(node: Node, index: tuple[Index, ...]) -> Term | None:
-    x: Node = node.args[0]
+    x = argument(node, 0)
     return Not(Access(x, index)) if x.meta["val"].dtype == torch.bool else None
 
 
@@ -402,13 +412,13 @@ def _not(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.full.default, aten.full_like.default, aten.new_full.default)
 def _full(node: Node, index: tuple[Index, ...]) -> Term | None:
-    value = node.args[2] if node.target is aten.new_full.default else node.args[1]
+    value = argument(node, 2) if node.target is aten.new_full.default else argument(node, 1)
     return Scalar(float(value)) if isinstance(value, (bool, int, float)) else None
 
 
 @rule(aten.scalar_tensor.default)
 def _scalar_tensor(node: Node, index: tuple[Index, ...]) -> Term | None:
-    value = node.args[0]
+    value = argument(node, 0)
     return Scalar(float(value)) if isinstance(value, (bool, int, float)) else None
 
 

@@ -49,7 +49,7 @@ class Selection:
         """Raises NotAnIndexer where the selection itself rules an indexer out."""
         if node.target not in TOPK:
             raise NotAnIndexer("a full sort, not a top-k")
-        score: Node = node.args[0]
+        score: Node = argument(node, 0)
         dim = argument(node, 2, "dim", -1)
         if not argument(node, 3, "largest", True):
             raise NotAnIndexer("it keeps the smallest scores")
@@ -58,9 +58,10 @@ class Selection:
         topk = _topk(argument(node, 1, "k"), shape_of(score)[dim])
         outputs: tuple[list[Node], list[Node]] = ([], [])
         for user in node.users:
-            if user.target is not operator.getitem or user.args[1] not in (0, 1):
+            output = argument(user, 1)
+            if user.target is not operator.getitem or output not in (0, 1):
                 raise NotAnIndexer(f"its outputs are used as a whole by {user.name}")
-            outputs[user.args[1]].append(user)
+            outputs[output].append(user)
         values = tuple(getter for getter in outputs[0] if getter.users)
         return cls(node, score, dim, topk, argument(node, 4, "sorted", True), values, tuple(outputs[1]))
 
