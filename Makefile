@@ -3,22 +3,24 @@
 #
 #   make demo PYTHON=python3.12      another interpreter (>= 3.11)
 #   make test PYTEST_ARGS='-x -k cache'
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
-#                                    torch's CPU build, a tenth of the download
+#   make test PYTEST_ARGS='-q -n 1'  one test process instead of one a core
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?= -q
+PYTEST_ARGS ?= -q -n auto --dist worksteal
+# The test processes share the cores; more threads than cores only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.hisa_compile-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test test-slow check clean
 
 help:
 	@echo "make demo   install into $(VENV), then compile a small DeepSeek-V3.2 with HISA (examples/quickstart.py)"
-	@echo "make test   install into $(VENV), then run the whole test suite (GPU tests skip without a GPU)"
+	@echo "make test   install into $(VENV), then run the test suite (GPU tests skip without a GPU)"
+	@echo "make test-slow  the full matrix of models, an hour on 2 cores"
 	@echo "make check  install into $(VENV), then run ruff and mypy"
 	@echo "make clean  remove $(VENV) and what the tools left behind"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_ARGS='$(PYTEST_ARGS)'"
@@ -28,8 +30,12 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED)
-	@echo "== running the test suite"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "== running the test suite, some 10 minutes on 2 cores"
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	@echo "== running the slow tests: every model with every cache, phase, dtype, batch and shape"
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 check: $(INSTALLED)
 	@echo "== ruff and mypy"

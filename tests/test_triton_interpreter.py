@@ -17,7 +17,6 @@ import torch
 pytest.importorskip("triton")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run on this machine's GPU")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter's already")
 def test_kernels_agree_with_the_reference_under_the_interpreter() -> None:
