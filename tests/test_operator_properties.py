@@ -103,6 +103,17 @@ def test_bits_do_not_depend_on_batch_and_slicing_at_model_sizes(
     assert_same_bits(call._replace(k=k.clone()).run(indexer_topk), whole)
 
 
+@pytest.mark.parametrize(("heads", "dim"), [(1, 1), (1, 64), (2, 8), (3, 33), (16, 64), (5, 256), (64, 128)])
+@pytest.mark.parametrize("block_topk", [10, 100], ids=["pruned", "exact"])
+def test_the_same_query_has_the_same_bits_in_every_row(heads: int, dim: int, block_topk: int) -> None:
+    """19 copies in each of 3 equal batch entries: every place in a group of rows, and groups of mixed entries."""
+    q, k, weights = make_values(torch.Generator().manual_seed(9), (1, 1, 790, heads, dim), torch.float32, "gaussian")
+    call = Call(q, k, weights, 64, {"block_size": 8, "block_topk": block_topk})
+    alone = call.run(indexer_topk)
+    copies = call._replace(q=q.repeat(3, 19, 1, 1), k=k.repeat(3, 1, 1), weights=weights.repeat(3, 19, 1))
+    assert_same_bits(copies.run(indexer_topk), tuple(x.expand(3, 19, 64) for x in alone))
+
+
 @settings(max_examples=100, deadline=None)
 @given(gaussian_calls)
 def test_a_row_holds_distinct_tokens_in_range_in_order(call: Call) -> None:

@@ -197,6 +197,7 @@ class _Rows:
         self.batch = rows // queries
         self.query = rows % queries
         self.tokens = tokens
+        self.windowed = visibility.window_start is not None or visibility.window_end is not None
         self.key_valid = visibility.key_valid
         self.mask = None if visibility.mask is None else visibility.mask.expand(batch, queries, tokens)
         self.start = self._window(visibility.window_start, 0, (batch, queries))
@@ -211,7 +212,7 @@ class _Rows:
         part = object.__new__(_Rows)
         part.batch, part.query = self.batch[chosen], self.query[chosen]
         part.start, part.end = self.start[chosen], self.end[chosen]
-        part.tokens, part.key_valid, part.mask = self.tokens, self.key_valid, self.mask
+        part.tokens, part.windowed, part.key_valid, part.mask = self.tokens, self.windowed, self.key_valid, self.mask
         return part
 
     def spans(self, size: int = 1) -> list[list[int]]:
@@ -230,8 +231,11 @@ class _Rows:
 
     def sees_all(self) -> Tensor:
         """Visible or not for every token, [R, T]."""
-        positions = torch.arange(self.tokens, device=self.batch.device)
-        visible = (positions >= self.start[:, None]) & (positions < self.end[:, None])
+        if self.windowed:
+            positions = torch.arange(self.tokens, device=self.batch.device)
+            visible = (positions >= self.start[:, None]) & (positions < self.end[:, None])
+        else:
+            visible = self.batch.new_ones((self.batch.shape[0], self.tokens), dtype=torch.bool)
         if self.key_valid is not None:
             visible &= self.key_valid[self.batch]
         if self.mask is not None:

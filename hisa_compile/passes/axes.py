@@ -18,13 +18,23 @@ from typing import TypeAlias
 import sympy
 import torch
 from torch.fx import Node
+from torch.utils._sympy.functions import FloorDiv
 
 Size: TypeAlias = "int | torch.SymInt"
 
 
 def size_expr(size: Size) -> sympy.Expr:
     """The size as a sympy expression.  Never guards: a symbol stays a symbol, backed or not."""
-    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+    if isinstance(size, int):
+        return sympy.Integer(size)
+    expr: sympy.Expr = size.node.expr
+    # Inferred dimensions of views come as divisions that leave no remainder, such as s*s // s.
+    return expr.replace(FloorDiv, _exact_division) if expr.has(FloorDiv) else expr
+
+
+def _exact_division(numerator: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    quotient = _quotient(numerator, divisor)
+    return FloorDiv(numerator, divisor) if quotient is None else quotient
 
 
 def shape_of(node: Node) -> tuple[sympy.Expr, ...]:
@@ -149,7 +159,7 @@ def broadcast(
     for dim, out_size, size in zip(index[lead:], out_sizes[lead:], sizes, strict=True):
         if size == 1:
             out.append(())
-        elif same_size(size, out_size):
+        elif same_size(size, out_size) or (size.is_Integer and size > 1):
             out.append(dim)
         else:
             return None
