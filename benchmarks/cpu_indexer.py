@@ -8,6 +8,10 @@ measurement runs in a fresh process, the variants in turn, so that a machine tha
 it for both.  Time: median of all calls after warm-up.  Memory: after warm-up the heap is trimmed and the
 kernel's peak of the resident set (VmHWM) is reset; what one call raises it to, less the resident set just
 before, is the peak extra memory.  Outputs are in it, inputs and compiled code are not.  Linux only.
+
+Needs an idle machine: every parallel operation waits for all threads, so a core that another process uses
+slows down both variants, and the operator, which has many small ones, up to a hundredfold.  On a machine in
+use OMP_NUM_THREADS=1 gives the steadier comparison.
 """
 
 from __future__ import annotations

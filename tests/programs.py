@@ -172,14 +172,15 @@ class Program:
                 return per_head.sum(2)
         raise AssertionError(self.head_sum)
 
-    def _positions(self) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _positions(queries: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Where each query stands and each token stands; the last query sees every token."""
-        token = torch.arange(self.tokens)
-        query = torch.arange(self.queries) + self.tokens - self.queries
+        token = torch.arange(tokens)
+        query = torch.arange(queries) + tokens - queries
         return query.clamp_min(0)[:, None], token[None]
 
     def _masked(self, scores: Tensor) -> Tensor:
-        query, token = self._positions()
+        query, token = self._positions(*scores.shape[1:])
         match self.mask:
             case "none":
                 return scores
@@ -204,7 +205,7 @@ class Program:
     # What it means ------------------------------------------------------------------------------------------------
 
     def visible(self) -> Tensor | None:
-        query, token = self._positions()
+        query, token = self._positions(self.queries, self.tokens)
         match self.mask:
             case "none":
                 return None

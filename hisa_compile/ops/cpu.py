@@ -73,6 +73,7 @@ class _Scorer:
         self.heads, self.dim = q.shape[2:]
         self._largest_tile = min(max(TILE_ELEMENTS // (GROUP * max(self.heads, self.dim, 1)) // 16, 1) * 16, 2048)
         self._batches: list[int] = []
+        self._all: list[_Group] = []
         self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
 
     def load(self, rows: _Rows) -> None:
@@ -82,6 +83,7 @@ class _Scorer:
         self._queries[:, : self.heads * self.dim] = self.q[rows.batch, rows.query].flatten(1)
         self._weights = self.weights[rows.batch, rows.query].float()
         self._batches = rows.batch.tolist()
+        self._all = self._groups(range(count))
 
     def all_keys(self, keys: Tensor, k_scale: Tensor | None, spans: list[list[int]]) -> Tensor:
         """Scores of all rows against ``keys`` [B, N, D], as [R, N].
@@ -90,7 +92,7 @@ class _Scorer:
         interested in stays unwritten.
         """
         count = keys.shape[1]
-        groups = self._groups(range(len(self._batches)))
+        groups = self._all
         size, starts = self._tiles(count)
         scores = keys.new_empty((len(groups) * GROUP, size * len(starts)), dtype=torch.float32)
         tile, products = self._buffers(size)
@@ -113,11 +115,14 @@ class _Scorer:
                 torch.sum(products.relu_().mul_(group.weights), -1, out=out)
         return scores[: len(self._batches), :count]
 
-    def keys_at(self, numbers: list[int], positions: Tensor, counts: list[int]) -> Tensor:
-        """Scores of the rows ``numbers`` at ``positions`` [R, N], as [R, N]; past a row's ``counts`` anything."""
-        groups = self._groups(numbers)
+    def keys_at(self, numbers: list[int] | None, positions: Tensor, counts: list[int]) -> Tensor:
+        """Scores at ``positions`` [R, N], as [R, N]; past a row's ``counts`` anything.
+
+        The R rows are those of ``numbers``, or all.
+        """
+        groups = self._all if numbers is None else self._groups(numbers)
         size, starts = self._tiles(positions.shape[1])
-        padding = (0, size * len(starts) - positions.shape[1], 0, len(groups) * GROUP - len(numbers))
+        padding = (0, size * len(starts) - positions.shape[1], 0, len(groups) * GROUP - len(counts))
         padded = torch.nn.functional.pad(positions, padding)
         scores = self._weights.new_empty(padded.shape)
         tile, products = self._buffers(size)
@@ -138,7 +143,7 @@ class _Scorer:
                 if self.k_scale is not None:
                     products *= self.k_scale[group.batches[:, None], at][..., None]
                 torch.sum(products.relu_().mul_(group.weights), -1, out=scores[rows, first : first + size])
-        return scores[: len(numbers), : positions.shape[1]]
+        return scores[: len(counts), : positions.shape[1]]
 
     def _groups(self, numbers: Sequence[int]) -> list[_Group]:
         return [self._group(list(numbers[first : first + GROUP])) for first in range(0, len(numbers), GROUP)]
@@ -413,7 +418,7 @@ def _hierarchical(
     kept, count = _kept_blocks(block_scores, rows.sees_in_blocks(block_size, blocks), block_topk)
     positions = (kept[..., None] * block_size + torch.arange(block_size, device=kept.device)).flatten(1)
     readable = positions.clamp_max(rows.tokens - 1)
-    scores = scorer.keys_at(list(range(len(count))), readable, (count * block_size).tolist())
+    scores = scorer.keys_at(None, readable, (count * block_size).tolist())
     found = _best(scores, rows.sees(positions), positions, width)
     for short in _short_rows(found[2], max(1, CHUNK_ELEMENTS // rows.tokens)):
         part = tuple(x[short] for x in found)

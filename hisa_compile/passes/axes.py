@@ -18,6 +18,7 @@ from typing import TypeAlias
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv
 
 Size: TypeAlias = "int | torch.SymInt"
@@ -145,9 +146,7 @@ def regroup(index: Sequence[Index], sizes: Sequence[sympy.Expr]) -> tuple[Index,
     return None if todo else tuple(out)
 
 
-def broadcast(
-    index: Sequence[Index], out_sizes: Sequence[sympy.Expr], sizes: Sequence[sympy.Expr]
-) -> tuple[Index, ...] | None:
+def broadcast(index: Sequence[Index], out_sizes: Sequence[Size], sizes: Sequence[Size]) -> tuple[Index, ...] | None:
     """The element of an operand of shape ``sizes`` that broadcasting reads for ``index`` of the result.
 
     None where the sizes don't tell: an unknown size that may or may not be 1.
@@ -157,9 +156,9 @@ def broadcast(
         return None
     out: list[Index] = []
     for dim, out_size, size in zip(index[lead:], out_sizes[lead:], sizes, strict=True):
-        if size == 1:
+        if size_expr(size) == 1:
             out.append(())
-        elif same_size(size, out_size) or (size.is_Integer and size > 1):
+        elif statically_known_true(size != 1) or same_size(size_expr(size), size_expr(out_size)):
             out.append(dim)
         else:
             return None

@@ -75,9 +75,10 @@ class Site:
             assert self.budget is not None
             lines = [
                 f"{where}: {self.op}({self.topk}) rewritten, block_size={self.budget.block_size} "
-                f"block_topk={self.budget.block_topk}, exact up to {self.exact_up_to} visible tokens",
-                f"    multiply-adds a query: {self.work_before} before, {self.work_after} after",
+                f"block_topk={self.budget.block_topk}, exact up to {self.exact_up_to} visible tokens"
             ]
+            if self.work_before is not None:
+                lines.append(f"    multiply-adds a query: {self.work_before} before, {self.work_after} after")
         else:
             lines = [f"{where}: {self.op} left alone: {self.reason}"]
         return "\n".join(lines + [f"    note: {note}" for note in self.notes])

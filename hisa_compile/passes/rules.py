@@ -86,7 +86,7 @@ def _operand(x: Any, node: Node, index: tuple[Index, ...]) -> Term | None:
         return Scalar(float(x))
     if not isinstance(x, Node) or not isinstance(x.meta.get("val"), torch.Tensor):
         return None
-    read = broadcast(index, shape_of(node), shape_of(x))
+    read = broadcast(index, node.meta["val"].shape, x.meta["val"].shape)
     return None if read is None else Access(x, read)
 
 
@@ -149,7 +149,7 @@ def _view(node: Node, index: tuple[Index, ...]) -> Term | None:
 @rule(aten.expand.default, kind=LAYOUT)
 def _expand(node: Node, index: tuple[Index, ...]) -> Term | None:
     x = argument(node, 0)
-    read = broadcast(index, shape_of(node), shape_of(x))
+    read = broadcast(index, node.meta["val"].shape, x.meta["val"].shape)
     return None if read is None else Access(x, read)
 
 
@@ -268,7 +268,7 @@ def _contraction(
 @rule(aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default, aten.matmul.default)
 def _matmul(node: Node, index: tuple[Index, ...]) -> Term | None:
     a, b = argument(node, 0), argument(node, 1)
-    sizes_a, sizes_b, sizes = shape_of(a), shape_of(b), shape_of(node)
+    sizes_a, sizes_b, sizes = (x.meta["val"].shape for x in (a, b, node))
     columns = 0 if len(sizes_b) == 1 else 1
     rows = 0 if len(sizes_a) == 1 else 1
     batch = len(index) - rows - columns
