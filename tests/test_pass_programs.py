@@ -18,7 +18,7 @@ from hisa_compile.ops import reference
 from hisa_compile.passes import PassSettings, Site, rewrite_indexers
 
 # Rewriting and running a program takes some 30 ms.
-run_programs = settings(max_examples=60, deadline=None, phases=(Phase.explicit, Phase.generate))
+run_programs = settings(max_examples=40, deadline=None, phases=(Phase.explicit, Phase.generate))
 SMALL = PassSettings(block_size=4, block_topk=3)
 
 
@@ -53,9 +53,12 @@ def test_a_rewritten_program_is_the_direct_operator_call_bit_for_bit(data: st.Da
     """Whatever the spelling, the rewritten graph computes what the operator does on the canonical operands."""
     program = data.draw(programs())
     pass_settings = data.draw(budgets(program))
-    module, sites = rewritten(program, pass_settings, data.draw(st.booleans()))
-    assert [site.rewritten for site in sites] == [program.rewritable], sites
-    if not program.rewritable:
+    symbolic = data.draw(st.booleans())
+    module, sites = rewritten(program, pass_settings, symbolic)
+    # With a symbolic T below topk, Python's min() makes k that symbol: every token is selected.
+    expected = program.rewritable and not (symbolic and program.tokens < program.topk)
+    assert [site.rewritten for site in sites] == [expected], sites
+    if not expected:
         return
     indices, scores = hisa_compile.indexer_topk(
         **program.meaning(), block_size=pass_settings.block_size, block_topk=pass_settings.block_topk

@@ -73,6 +73,8 @@ def _topk(k: Any, tokens: sympy.Expr) -> int:
         bounds = [arg for arg in expr.args if not same_size(arg, tokens)]
         if len(bounds) == len(expr.args) - 1 and len(bounds) == 1:
             expr = bounds[0]
+    if not expr.is_Integer and same_size(expr, tokens):
+        raise NotAnIndexer(f"every token is selected: k is {tokens}, the number of keys")
     if not expr.is_Integer:
         raise NotAnIndexer(f"k = {expr} is neither a number nor min(number, {tokens}), the number of keys")
     if expr == 0:
