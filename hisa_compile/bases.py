@@ -66,12 +66,14 @@ def compile_eager(gm: torch.fx.GraphModule, settings: PassSettings) -> tuple[Com
     checkpoints are dropped: they change the memory a program needs, not its values.
     """
     from torch._dispatch.python import enable_python_dispatcher
-    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.traceback import preserve_node_meta
 
     inputs = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
-    fake_mode = detect_fake_mode(inputs) or torch._subclasses.FakeTensorMode()
+    # The inputs' own mode: while a backend runs, the one that torch._guards would find is another.
+    fake = next((value for value in inputs if isinstance(value, FakeTensor)), None)
+    fake_mode = FakeTensorMode() if fake is None else fake.fake_mode
     # Spellings that no later decomposition would take apart in this base.
     table = {op: op.decompose for op in (torch.ops.aten.einsum.default, torch.ops.aten.matmul.default)}
 

@@ -139,15 +139,15 @@ def test_broadcast_shapes_that_fit_are_no_errors() -> None:
 @pytest.mark.parametrize(
     ("topk", "block_size", "block_topk", "expected"),
     [
-        (0, None, None, (16, 2)),
-        (1, None, None, (16, 2)),
-        (16, None, None, (16, 4)),
+        (0, None, None, (16, 16)),
+        (1, None, None, (16, 16)),
+        (16, None, None, (16, 16)),
         (64, None, None, (16, 16)),
         (512, None, None, (32, 64)),
         (2048, None, None, (128, 64)),
         (4096, None, None, (128, 128)),
-        (16, 64, None, (64, 2)),
-        (64, 64, None, (64, 4)),
+        (16, 64, None, (64, 16)),
+        (64, 64, None, (64, 16)),
         (512, 64, None, (64, 32)),
         (2048, 64, None, (64, 128)),
         (4096, 1000, None, (1000, 17)),
@@ -163,7 +163,7 @@ def test_broadcast_shapes_that_fit_are_no_errors() -> None:
 def test_budgets_are_derived_from_what_is_given(
     topk: int, block_size: int | None, block_topk: int | None, expected: tuple[int, int]
 ) -> None:
-    """Four candidates for each selected token, the paper's 128 x 64 at topk = 2048; given values are kept."""
+    """Four candidates for each selected token in 16 blocks or more, the paper's 128 x 64 at topk = 2048."""
     budget = resolve_budget(topk, block_size, block_topk)
     assert budget == expected
     assert budget.candidates >= topk

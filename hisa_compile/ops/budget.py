@@ -13,6 +13,8 @@ CANDIDATES_PER_SELECTED = 4
 PAPER_BLOCK_TOPK = 64
 SMALLEST_DEFAULT_BLOCK = 16
 LARGEST_DEFAULT_BLOCK = 128
+# Fewer leave the filter no choice: two blocks, the first and the last, are always kept.
+SMALLEST_DEFAULT_BLOCK_TOPK = 16
 # The first and the last eligible block are always kept, and they count among the m.
 SMALLEST_BLOCK_TOPK = 2
 
@@ -36,7 +38,7 @@ def resolve_budget(topk: int, block_size: int | None = None, block_topk: int | N
         topk: number of selected tokens, at least 0.
         block_size: tokens a block (B), at least 1.  Default: the largest power of two that splits the
             candidate budget ``4 * topk`` into at least 64 blocks, between 16 and 128.
-        block_topk: kept blocks (m), at least 2.  Default: enough blocks for ``4 * topk`` candidates.
+        block_topk: kept blocks (m), at least 2.  Default: enough blocks for ``4 * topk`` candidates, at least 16.
 
     Raises:
         ValueError: a value is out of its range, or ``block_size * block_topk < topk`` (HISA's
@@ -59,7 +61,7 @@ def resolve_budget(topk: int, block_size: int | None = None, block_topk: int | N
         while block_size < largest and block_size * blocks < wanted:
             block_size *= 2
     if block_topk is None:
-        block_topk = max(SMALLEST_BLOCK_TOPK, -(-wanted // block_size))
+        block_topk = max(SMALLEST_DEFAULT_BLOCK_TOPK, -(-wanted // block_size))
     budget = Budget(block_size, block_topk)
     if budget.candidates < topk:
         raise ValueError(

@@ -109,6 +109,8 @@ def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     """a / b if b divides a for every value of the symbols, else None."""
     if a == b:
         return sympy.Integer(1)
+    if b == 0:
+        return None
     if a.is_Integer and b.is_Integer:
         return a / b if a % b == 0 else None
     ratio = sympy.cancel(a / b)

@@ -17,6 +17,10 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 
+class UnknownSizeError(Exception):
+    """A symbolic size that no tensor at hand has."""
+
+
 class Emitter:
     """Adds nodes in front of one node, with its provenance and with ``meta["val"]``.
 
@@ -80,7 +84,7 @@ class Emitter:
                 product = self.call(operator.mul, product, factor)
             assert isinstance(product, Node)
             return product
-        raise LookupError(f"no tensor here has a dimension of size {expr}")
+        raise UnknownSizeError(f"no tensor here has a dimension of size {expr}")
 
     def cast(self, x: Node, dtype: torch.dtype) -> Node:
         return x if x.meta["val"].dtype == dtype else self.call(prims.convert_element_type.default, x, dtype)
@@ -114,6 +118,15 @@ class Emitter:
             if len(present) != len(wanted):
                 x = self.call(aten.expand.default, x, [self.size(axis.size) for axis in wanted])
         return self.reshape(x, [product_of_sizes(group) for group in groups])
+
+    def contiguous(self, x: Node) -> Node:
+        """The tensor in memory order of its dimensions, as the selections that it stands for return theirs."""
+        stride = sympy.Integer(1)
+        for size, have in zip(reversed(shape_of(x)), reversed(x.meta["val"].stride()), strict=True):
+            if size != 1 and not same_size(size_expr(have), stride):
+                return self.call(aten.clone.default, x, memory_format=torch.contiguous_format)
+            stride *= size
+        return x
 
 
 def product_of_sizes(axes: Sequence[Axis]) -> sympy.Expr:

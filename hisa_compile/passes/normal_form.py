@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from ..ops.validate import KEY_DTYPES
 from .axes import Access, Axis, Index, fresh_index, resolved, shape_of
-from .rules import CASTS, LAYOUT, argument, constant, is_hidden_value, open_access
+from .rules import CASTS, LAYOUT, argument, constant, exact_for_floats, hides, hides_added, open_access
 from .terms import Not, Plus, Product, Relu, Scalar, Sum, Term, Where
 
 SCORE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -165,10 +165,10 @@ class _Analysis:
                     dtype, term = term.node.meta["val"].dtype, opened
                 case Where(condition, then, otherwise):
                     fills = constant(then), constant(otherwise)
-                    if is_hidden_value(fills[0], dtype):
+                    if hides(fills[0], dtype):
                         self.hide(condition, hidden_when=True, fill=fills[0])
                         term = otherwise
-                    elif is_hidden_value(fills[1], dtype):
+                    elif hides(fills[1], dtype):
                         self.hide(condition, hidden_when=False, fill=fills[1])
                         term = then
                     else:
@@ -176,9 +176,9 @@ class _Analysis:
                             f"a choice between two values at {_name(condition)}, neither of which hides a token"
                         )
                 case Plus((a, b)):
-                    if self.mask_term(b, dtype):
+                    if self.mask_term(b):
                         term = a
-                    elif self.mask_term(a, dtype):
+                    elif self.mask_term(a):
                         term = b
                     else:
                         raise NotAnIndexer(
@@ -187,29 +187,29 @@ class _Analysis:
                 case _:
                     return term
 
-    def mask_term(self, term: Term, dtype: torch.dtype) -> bool:
+    def mask_term(self, term: Term) -> bool:
         """Whether an added term is 0 at visible and hiding at other tokens; then its conditions are noted."""
         found: list[tuple[Access, bool, float]] = []
 
-        def read(term: Term, dtype: torch.dtype) -> bool:
+        def read(term: Term) -> bool:
             match term:
                 case Access(node):
                     opened = open_access(term)
-                    value = node.meta["val"].dtype
-                    return opened is not None and read(opened, value if value.is_floating_point else dtype)
+                    known = opened is not None and (node.target not in CASTS or exact_for_floats(node))
+                    return known and opened is not None and read(opened)
                 case Scalar(value):
                     return value == 0
                 case Plus(parts):
-                    return all(read(part, dtype) for part in parts)
+                    return all(map(read, parts))
                 case Where(condition, then, otherwise):
                     for branch, other, hidden_when in ((then, otherwise, True), (otherwise, then, False)):
                         fill = constant(branch)
-                        if fill is not None and is_hidden_value(fill, dtype):
+                        if fill is not None and hides_added(fill):
                             found.append((condition, hidden_when, fill))
-                            return read(other, dtype)
+                            return read(other)
             return False
 
-        if not read(term, dtype):
+        if not read(term):
             return False
         for condition, hidden_when, fill in found:
             self.hide(condition, hidden_when, fill)
@@ -305,18 +305,19 @@ class _Analysis:
 
     def assign_roles(self) -> None:
         form = self.form
-        form.keys = resolved(form.keys)
-        form.heads = resolved(tuple(self.heads))
-        form.features = resolved(tuple(self.features))
-        rows = tuple(a for dim in form.score.index for a in resolved(dim) if a not in form.keys)
-
-        keys = [a for a in self.key_side if a.depends_on(form.features)]
-        form.key_factors = [stripped(a) for a in self.key_side if not a.depends_on(form.features)]
-        form.query = [stripped(a) for a in form.row_factors if a.depends_on(form.features)]
-        form.row_factors = [a for a in form.row_factors if not a.depends_on(form.features)]
+        features = tuple(self.features)
+        keys = [stripped(a) for a in self.key_side if a.depends_on(features)]
+        form.key_factors = [stripped(a) for a in self.key_side if not a.depends_on(features)]
+        form.query = [stripped(a) for a in form.row_factors if a.depends_on(features)]
+        form.row_factors = [a for a in form.row_factors if not a.depends_on(features)]
         if len(keys) != 1 or not form.query:
             raise NotAnIndexer("the argument of the ReLU is not one contraction of a query with a key")
-        form.key = stripped(keys[0])
+        form.key = keys[0]
+        # Only now that every operand is stripped is no axis cut any more.
+        form.keys = resolved(form.keys)
+        form.heads = resolved(tuple(self.heads))
+        form.features = resolved(features)
+        rows = tuple(a for dim in form.score.index for a in resolved(dim) if a not in form.keys)
         _reject(form.key, form.heads, "the keys carry a head axis", keys[0])
         for role, axes in (("key", set(form.key.axes)), ("query", {axis for q in form.query for axis in q.axes})):
             if not set(form.features) <= axes:
@@ -328,6 +329,8 @@ class _Analysis:
         form.queries = tuple(a for a in rows if a not in form.key.axes)
         if (not form.queries and len(form.batch) > 1) or self.made_from_query(form.key, rows):
             raise NotAnIndexer(f"each query has keys of its own: {_name(form.key)}")
+        if not self.sums_heads and not form.weights:
+            raise NotAnIndexer("neither a sum over heads nor weights: any linear layer with a ReLU looks like this")
         if not self.sums_heads and len(form.queries) > 1:
             raise NotAnIndexer("no sum over heads, and tokens are selected for several axes separately, as heads are")
         for factor in form.key_factors:

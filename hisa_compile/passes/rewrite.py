@@ -6,24 +6,29 @@ graph hook, AOTAutograd, a decomposed exported program) or not (then a mutation 
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Iterable
 
 import torch
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from ..ops.budget import Budget, resolve_budget
 from ..ops.validate import KEY_DTYPES, WEIGHT_DTYPES
 from .axes import Access, Index, same_size, shape_of
-from .emit import Emitter, index_of, product_of_sizes
+from .emit import Emitter, UnknownSizeError, index_of, product_of_sizes
 from .normal_form import IndexerForm, NotAnIndexer, describe_indexer
 from .report import Site
+from .rules import argument
 from .selection import Selection, module_path, selections, source_location
 from .settings import Mark, PassSettings, mark_of
 
 aten = torch.ops.aten
+prims = torch.ops.prims
+
+log = logging.getLogger("hisa_compile")
 
 
 def rewrite_indexers(graph: Graph, settings: PassSettings) -> list[Site]:
@@ -53,6 +58,10 @@ def _visit(graph: Graph, node: Node, settings: PassSettings) -> Site:
         _replace(graph, selection, form, budget)
     except NotAnIndexer as reason:
         return Site(op, module, location, str(reason), topk, heads, head_dim)
+    except Exception as error:
+        # A bug in here, or a graph that nobody thought of, must not cost the user the compile.
+        log.warning("a selection at %s could not be analysed and stays flat", location or node.name, exc_info=True)
+        return Site(op, module, location, f"internal error: {type(error).__name__}: {error}", topk, heads, head_dim)
     return Site(op, module, location, "", topk, heads, head_dim, budget, _kept_alive(form))
 
 
@@ -86,10 +95,14 @@ def _check_obligations(graph: Graph, selection: Selection, form: IndexerForm) ->
         if condition.access.node.meta["val"].dtype != torch.bool:
             raise NotAnIndexer(f"the mask {condition.access.node.name} is not bool")
     for access in _operands(form):
-        if access.node.meta["val"].device != device:
+        value = access.node.meta["val"]
+        # A number that lives on the CPU, as dynamic shapes make of a Python float, works with any device.
+        if value.device != device and not (value.dim() == 0 and value.device.type == "cpu"):
             raise NotAnIndexer(f"{access.node.name} is on another device than the score")
     if selection.values:
-        if any(node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes):
+        if selection.node.meta["val"][0].requires_grad or any(
+            node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes
+        ):
             raise NotAnIndexer("its values are used in a training graph, where a gradient may flow through them")
         if any(fill != -math.inf for fill in form.fills) and (form.additive_mask or len(form.fills) > 1):
             raise NotAnIndexer("its values are used, and the mask does not set hidden ones to one value")
@@ -114,10 +127,13 @@ def _check_mutations(graph: Graph, selection: Selection, form: IndexerForm) -> N
         started = started or node in used
         if started and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             roots = roots or {_storage_of(n) for n in used}
-            for spec, value in zip(node.target._schema.arguments, node.args, strict=False):
-                written = spec.alias_info is not None and spec.alias_info.is_write
-                if written and isinstance(value, Node) and _storage_of(value) in roots:
-                    raise NotAnIndexer(f"{value.name} is written to by {node.name} before the selection")
+            for position, spec in enumerate(node.target._schema.arguments):
+                if spec.alias_info is None or not spec.alias_info.is_write:
+                    continue
+                written = argument(node, position, spec.name)
+                for value in written if isinstance(written, (list, tuple)) else [written]:
+                    if isinstance(value, Node) and _storage_of(value) in roots:
+                        raise NotAnIndexer(f"{value.name} is written to by {node.name} before the selection")
 
 
 def _storage_of(node: Node) -> Node:
@@ -138,14 +154,17 @@ def _storage_of(node: Node) -> Node:
 
 def _replace(graph: Graph, selection: Selection, form: IndexerForm, budget: Budget) -> None:
     sources = [access.node for access in _operands(form)]
-    fake_mode = detect_fake_mode([source.meta["val"] for source in sources])
+    values = [source.meta["val"] for source in sources]
+    fake_mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     emit = Emitter(graph, selection.node, sources, fake_mode)
     try:
         call = _call_operator(emit, selection, form, budget)
         outputs = _outputs(emit, selection, form, call)
-    except LookupError as error:
+    except Exception as error:
         emit.roll_back()
-        raise NotAnIndexer(f"an indexer, but {error}") from None
+        if isinstance(error, UnknownSizeError):
+            raise NotAnIndexer(f"an indexer, but {error}") from None
+        raise
     for getter, replacement in outputs:
         getter.replace_all_uses_with(replacement)
         graph.erase_node(getter)
@@ -159,12 +178,19 @@ def _call_operator(emit: Emitter, selection: Selection, form: IndexerForm, budge
     k = emit.arrange(form.key, (batch, keys, features))
 
     scale = form.scale * abs(form.inner_scale)
-    weights = [emit.arrange(x, (batch, queries, heads), keep_missing=len(form.weights) > 1) for x in form.weights]
+    device = k.meta["val"].device
+
+    def factor_node(access: Access, keep_missing: bool = True) -> Node:
+        x = emit.arrange(access, (batch, queries, heads), keep_missing)
+        x = x if x.meta["val"].device == device else emit.call(prims.device_put.default, x, device)
+        return x if x.meta["val"].dtype.is_floating_point else emit.cast(x, torch.float32)
+
+    weights = [factor_node(x, keep_missing=len(form.weights) > 1) for x in form.weights]
     if form.inner_scale < 0:
         q = emit.call(aten.neg.default, _wide(emit, q))
     for factor in form.row_factors:
         # relu(f x) = |f| relu(sign(f) x) for any f, and a product with a sign is exact in any dtype.
-        f = emit.arrange(factor, (batch, queries, heads), keep_missing=True)
+        f = factor_node(factor)
         weights.append(emit.call(aten.abs.default, f))
         q = _wide(emit, q)
         sign = emit.cast(emit.call(aten.sign.default, f), q.meta["val"].dtype)
@@ -181,7 +207,7 @@ def _call_operator(emit: Emitter, selection: Selection, form: IndexerForm, budge
         torch.ops.hisa.indexer_topk.default,
         q,
         k,
-        _weights(emit, form, weights, scale, k.meta["val"].device),
+        _weights(emit, form, weights, scale, device),
         selection.topk,
         block_size=budget.block_size,
         block_topk=budget.block_topk,
@@ -198,8 +224,11 @@ def _product(emit: Emitter, factors: Iterable[Node]) -> Node:
 
 
 def _wide(emit: Emitter, x: Node) -> Node:
-    """float8 has no arithmetic; bfloat16 holds all its values."""
-    return emit.cast(x, torch.bfloat16) if x.meta["val"].dtype.itemsize == 1 else x
+    """A dtype with signed arithmetic: float8 has none, and bfloat16 holds all its values."""
+    dtype = x.meta["val"].dtype
+    if not dtype.is_floating_point:
+        return emit.cast(x, torch.float32)
+    return emit.cast(x, torch.bfloat16) if dtype.itemsize == 1 else x
 
 
 def _same_dtype(emit: Emitter, q: Node, k: Node) -> tuple[Node, Node]:
@@ -260,11 +289,11 @@ def _outputs(emit: Emitter, selection: Selection, form: IndexerForm, call: Node)
             hidden = emit.call(aten.eq.Scalar, out, -math.inf)
             out = emit.call(aten.masked_fill.Scalar, out, hidden, fill)
         for getter in getters:
-            replacements.append((getter, emit.cast(out, getter.meta["val"].dtype)))
+            replacements.append((getter, emit.contiguous(emit.cast(out, getter.meta["val"].dtype))))
             if any(
                 not same_size(a, b) for a, b in zip(shape_of(out), shape_of(getter), strict=True)
             ):  # pragma: no cover - a disagreement would be a bug; leave the graph as it was
-                raise LookupError(f"the result's shape {shape_of(out)} is not the original's {shape_of(getter)}")
+                raise UnknownSizeError(f"the result's shape {shape_of(out)} is not the original's {shape_of(getter)}")
     return replacements
 
 

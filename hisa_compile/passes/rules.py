@@ -67,6 +67,8 @@ def _lifted_constant(node: Node) -> Scalar | None:
     value = getattr(node.graph.owning_module, name, None) if name.startswith("_tensor_constant") else None
     if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.numel() != 1:
         return None
+    if not value.dtype.is_floating_point:
+        return None
     with unset_fake_temporarily():
         return Scalar(float(value))
 
@@ -100,9 +102,17 @@ def _pointwise(form: Callable[..., Term]) -> Rule:
     return apply
 
 
+def exact_for_floats(cast: Node) -> bool:
+    """Whether a cast keeps what a float stands for, be it with fewer digits: not so to or from int and bool."""
+    dtypes = argument(cast, 0).meta["val"].dtype, cast.meta["val"].dtype
+    return all(dtype.is_floating_point for dtype in dtypes)
+
+
 def constant(term: Term) -> float | None:
     """The number a term always is, seen through layouts, casts and fills; None if it is none."""
     while isinstance(term, Access):
+        if term.node.target in CASTS and not exact_for_floats(term.node):
+            return None
         opened = open_access(term)
         if not isinstance(opened, Access | Scalar):
             return None
@@ -155,7 +165,7 @@ def _expand(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.permute.default, kind=LAYOUT)
 def _permute(node: Node, index: tuple[Index, ...]) -> Term | None:
-    order = _dims(argument(node, 1), len(index))
+    order = _dims(argument(node, 1, "dims"), len(index))
     return Access(argument(node, 0), tuple(index[order.index(d)] for d in range(len(index))))
 
 
@@ -163,14 +173,14 @@ def _permute(node: Node, index: tuple[Index, ...]) -> Term | None:
 def _transpose(node: Node, index: tuple[Index, ...]) -> Term | None:
     out = list(index)
     if len(out) >= 2:
-        a, b = _dims((argument(node, 1, default=0), argument(node, 2, default=1)), len(out))
+        a, b = _dims((argument(node, 1, "dim0", 0), argument(node, 2, "dim1", 1)), len(out))
         out[a], out[b] = out[b], out[a]
     return Access(argument(node, 0), tuple(out))
 
 
 @rule(aten.unsqueeze.default, kind=LAYOUT)
 def _unsqueeze(node: Node, index: tuple[Index, ...]) -> Term | None:
-    dim = argument(node, 1) % len(index)
+    dim = argument(node, 1, "dim") % len(index)
     return Access(argument(node, 0), index[:dim] + index[dim + 1 :])
 
 
@@ -178,7 +188,8 @@ def _unsqueeze(node: Node, index: tuple[Index, ...]) -> Term | None:
 def _squeeze(node: Node, index: tuple[Index, ...]) -> Term | None:
     x = argument(node, 0)
     sizes = shape_of(x)
-    asked = _dims(argument(node, 1), len(sizes)) if len(node.args) > 1 else range(len(sizes))
+    dim = argument(node, 1, "dim")
+    asked = range(len(sizes)) if dim is None else _dims(dim, len(sizes))
     gone = {d for d in asked if sizes[d] == 1}
     if len(index) + len(gone) != len(sizes):
         return None
@@ -199,7 +210,7 @@ def _slice(node: Node, index: tuple[Index, ...]) -> Term | None:
 def _select(node: Node, index: tuple[Index, ...]) -> Term | None:
     x = argument(node, 0)
     sizes = shape_of(x)
-    dim = argument(node, 1) % len(sizes)
+    dim = argument(node, 1, "dim") % len(sizes)
     return Access(x, (*index[:dim], (), *index[dim:])) if sizes[dim] == 1 else None
 
 
@@ -214,11 +225,9 @@ def _mul(node: Node, index: tuple[Index, ...]) -> Term | None:
 
 @rule(aten.div.Tensor, aten.div.Scalar)
 def _div(node: Node, index: tuple[Index, ...]) -> Term | None:
-    x, by = _operand(argument(node, 0), node, index), argument(node, 1)
-    divisor = constant(Access(by, ((),) * by.meta["val"].dim())) if isinstance(by, Node) else by
-    if x is None or not isinstance(divisor, (int, float)) or divisor == 0:
-        return None
-    return Product((x, Scalar(1.0 / divisor)))
+    x, by = _operand(argument(node, 0), node, index), _operand(argument(node, 1), node, index)
+    divisor = None if by is None else constant(by)
+    return None if x is None or not divisor else Product((x, Scalar(1.0 / divisor)))
 
 
 @rule(aten.neg.default)
@@ -236,7 +245,7 @@ def _sum(node: Node, index: tuple[Index, ...]) -> Term | None:
     x = argument(node, 0)
     sizes = shape_of(x)
     asked = argument(node, 1, "dim")
-    summed = set(_dims(asked, len(sizes)) if asked else range(len(sizes)))
+    summed = set(range(len(sizes)) if asked is None or asked == [] else _dims(asked, len(sizes)))
     kept = iter([i for d, i in enumerate(index) if d not in summed] if argument(node, 2, "keepdim", False) else index)
     axes: list[Axis] = []
     read: list[Index] = []
@@ -413,13 +422,18 @@ def _not(node: Node, index: tuple[Index, ...]) -> Term | None:
 @rule(aten.full.default, aten.full_like.default, aten.new_full.default)
 def _full(node: Node, index: tuple[Index, ...]) -> Term | None:
     value = argument(node, 2) if node.target is aten.new_full.default else argument(node, 1)
-    return Scalar(float(value)) if isinstance(value, (bool, int, float)) else None
+    return _number(node, value)
 
 
 @rule(aten.scalar_tensor.default)
 def _scalar_tensor(node: Node, index: tuple[Index, ...]) -> Term | None:
-    value = argument(node, 0)
-    return Scalar(float(value)) if isinstance(value, (bool, int, float)) else None
+    return _number(node, argument(node, 0))
+
+
+def _number(node: Node, value: Any) -> Scalar | None:
+    """The number that fills a tensor; in an int or bool tensor it may be another one than was given."""
+    known = isinstance(value, (bool, int, float)) and node.meta["val"].dtype.is_floating_point
+    return Scalar(float(value)) if known else None
 
 
 @rule(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
@@ -427,11 +441,15 @@ def _zeros(node: Node, index: tuple[Index, ...]) -> Term | None:
     return Scalar(0.0)
 
 
-def is_hidden_value(value: float | None, dtype: torch.dtype) -> bool:
-    """Whether a score of this value is below every score that a token can have.
+def hides_added(value: float | None) -> bool:
+    """Whether a score that this number is added to is below every score that a token can have.
 
-    That is -inf or the lowest finite number: of float16 where the mask is float16, else of bfloat16, which many
-    models take for float32 scores too (no score that did not overflow lies between the two).
+    That is -inf or the lowest number of bfloat16, which many models take for float32 scores too (no score that did
+    not overflow is as low).  Not float16's: scores of some ten thousand, to which it is added, may exceed others.
     """
-    lowest = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).min
-    return value is not None and value <= lowest
+    return value is not None and value <= torch.finfo(torch.bfloat16).min
+
+
+def hides(value: float | None, dtype: torch.dtype) -> bool:
+    """Whether this number in place of a score of ``dtype`` is below every score that a token can have."""
+    return hides_added(value) or (value is not None and dtype == torch.float16 and value <= torch.finfo(dtype).min)
