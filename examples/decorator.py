@@ -16,12 +16,12 @@ class Indexer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q = nn.Linear(32, 8 * 16, bias=False)
+        self.q = nn.Linear(32, 24 * 16, bias=False)
         self.k = nn.Linear(32, 16, bias=False)
-        self.weights = nn.Linear(32, 8, bias=False)
+        self.weights = nn.Linear(32, 24, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k = self.q(x).unflatten(-1, (8, 16)), self.k(x)
+        q, k = self.q(x).unflatten(-1, (24, 16)), self.k(x)
         per_head = torch.einsum("bshd,btd->bsht", q, k).relu()
         scores = (per_head * self.weights(x).unsqueeze(-1)).sum(2)
         hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)

@@ -45,7 +45,7 @@ def test_the_report_is_the_backends_own(capsys):
     options = {"hisa.block_size": 8, "hisa.scope": "all"}
     report = explain(model, x, hisa_options=options)
     assert capsys.readouterr().out.strip() == str(report)
-    assert [(site.budget, site.topk, site.heads, site.head_dim) for site in report.sites] == [(Budget(8, 2), 4, 16, 8)]
+    assert [(site.budget, site.topk, site.heads, site.head_dim) for site in report.sites] == [(Budget(8, 16), 4, 16, 8)]
     assert "tiny_indexer.py:" in report.sites[0].location
     torch.compile(model, backend=hisa_compile.hisa_backend, options={**options, "hisa.base": "aot_eager"})(x)
     (compiled,) = hisa_compile.reports()[-1].sites
@@ -63,8 +63,8 @@ def test_all_graphs_of_a_broken_model_are_told_every_time():
 def test_settings_change_the_answer_for_the_same_model():
     """A later call with other options does not see the earlier call's graphs."""
     model, x = Broken(), hidden_states(40)
-    assert [site.budget for site in explain(model, x, hisa_options={"hisa.block_size": 4}).sites] == [Budget(4, 4)] * 2
-    assert [site.budget for site in explain(model, x, hisa_options={"hisa.block_size": 8}).sites] == [Budget(8, 2)] * 2
+    assert [site.budget for site in explain(model, x, hisa_options={"hisa.block_size": 4}).sites] == [Budget(4, 16)] * 2
+    assert [site.budget for site in explain(model, x, hisa_options={"hisa.block_size": 8}).sites] == [Budget(8, 16)] * 2
     assert explain(model, x, hisa_options={"hisa.scope": "marked"}).rewritten == ()
 
 
@@ -133,7 +133,7 @@ def test_the_work_of_a_site_is_an_expression_in_the_context_length():
     (symbol,) = site.work_before.free_symbols
     at = {symbol: 1024}
     assert site.work_before.subs(at) == 3 * 8 * 1024
-    assert site.work_after.subs(at) == 3 * 8 * (1024 // 8 + 16)
+    assert site.work_after.subs(at) == 3 * 8 * (1024 // 8 + 128)
     assert site.work_after.subs({symbol: 16}) == site.work_before.subs({symbol: 16})
 
 
