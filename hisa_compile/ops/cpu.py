@@ -394,7 +394,8 @@ def indexer_topk_cpu(
             if mark_hidden:
                 positions.masked_fill_(~visible, -1)
             indices.view(-1, width)[first:last] = positions
-            scores.view(-1, width)[first:last] = found_scores
+            # One NaN for all: which bits of one come through a cast depends on how it was vectorised.
+            scores.view(-1, width)[first:last] = found_scores.masked_fill(found_scores.isnan(), float("nan"))
     return indices, scores
 
 
