@@ -78,7 +78,7 @@ def test_models_that_differ_in_marks_alone_share_nothing(first):
     for _, _, hits, misses in first.values():
         assert (hits, misses) == (0, 1)
     budgets = {name: report.sites[0].budget for name, (_, report, _, _) in first.items()}
-    assert budgets == {"plain": (16, 2), "off": None, "small": (4, 2)}
+    assert budgets == {"plain": (16, 16), "off": None, "small": (4, 2)}
     with torch.no_grad():
         assert torch.equal(first["off"][0], plain(hidden_states(64)))
     assert not torch.equal(first["plain"][0], first["off"][0])
@@ -98,7 +98,7 @@ def test_a_hit_in_the_same_process_has_the_same_report(first, monkeypatch):
 def test_other_settings_are_other_code(first):
     """A changed budget or scope misses the cache and is in the report."""
     _, report, hits, _ = run(plain, **{"hisa.block_size": 32})
-    assert (hits, report.sites[0].budget) == (0, (32, 2))
+    assert (hits, report.sites[0].budget) == (0, (32, 16))
     _, report, hits, _ = run(plain, **{"hisa.scope": "marked"})
     assert (hits, report.rewritten) == (0, ())
 

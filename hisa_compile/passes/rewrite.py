@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from ..ops.budget import Budget, resolve_budget
 from ..ops.validate import KEY_DTYPES, WEIGHT_DTYPES
-from .axes import Access, Index, same_size, shape_of
+from .axes import Access, Index, same_size, shape_of, size_expr
 from .emit import Emitter, UnknownSizeError, index_of, product_of_sizes
 from .normal_form import IndexerForm, NotAnIndexer, describe_indexer
 from .report import Site
@@ -168,6 +168,7 @@ def _replace(graph: Graph, selection: Selection, form: IndexerForm, budget: Budg
     for getter, replacement in outputs:
         getter.replace_all_uses_with(replacement)
         graph.erase_node(getter)
+    _take_sizes_elsewhere(graph, form)
     _erase_unused(graph, [*emit.added, selection.node, *selection.node.users])
 
 
@@ -295,6 +296,19 @@ def _outputs(emit: Emitter, selection: Selection, form: IndexerForm, call: Node)
             ):  # pragma: no cover - a disagreement would be a bug; leave the graph as it was
                 raise UnknownSizeError(f"the result's shape {shape_of(out)} is not the original's {shape_of(getter)}")
     return replacements
+
+
+def _take_sizes_elsewhere(graph: Graph, form: IndexerForm) -> None:
+    """Read sizes that the graph takes from the replaced scores (``arange(scores.shape[-1])``) from the operands."""
+    assert form.key is not None
+    operands = [access.node for access in (form.key, *form.query, *form.weights)]
+    for user in [user for node in form.chain for user in node.users if user.target is aten.sym_size.int]:
+        size = size_expr(user.meta["val"])
+        for operand in operands:
+            dim = next((d for d, other in enumerate(shape_of(operand)) if same_size(size, other)), None)
+            if dim is not None and operand < user:
+                user.args = (operand, dim)
+                break
 
 
 def _erase_unused(graph: Graph, nodes: list[Node]) -> None:
