@@ -92,7 +92,8 @@ def compile_eager(gm: torch.fx.GraphModule, settings: PassSettings) -> tuple[Com
         # Tracing unpacks every result, also those that nobody reads: they would keep a flat selection alive.
         if node.target is operator.getitem and not node.users:
             traced.graph.erase_node(node)
-    sites = _rewrite(traced, settings)
+    differentiated = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    sites = _rewrite(traced, settings, under_autograd=differentiated)
     return traced.forward, sites
 
 
@@ -106,9 +107,9 @@ class _Inliner(torch.fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def _rewrite(gm: torch.fx.GraphModule, settings: PassSettings) -> list[Site]:
+def _rewrite(gm: torch.fx.GraphModule, settings: PassSettings, under_autograd: bool = False) -> list[Site]:
     sites: list[Site] = []
     for module in graph_modules(gm):
-        sites.extend(rewrite.rewrite_indexers(module.graph, settings))
+        sites.extend(rewrite.rewrite_indexers(module.graph, settings, under_autograd=under_autograd))
         module.recompile()
     return sites

@@ -249,3 +249,23 @@ def test_reports_are_bounded_and_safe_to_read_from_threads(monkeypatch):
     for thread in threads:
         thread.join()
     assert len(hisa_compile.reports()) == 5
+
+
+@pytest.mark.parametrize("base", ["inductor", "aot_eager", "eager"])
+def test_values_keep_their_gradient_on_every_base(base):
+    """Scores that a loss reads stay flat in grad mode and are rewritten without it; graph inputs as operands."""
+    torch._dynamo.reset()
+    q, k, w = torch.randn(1, 24, 2, 8), torch.randn(1, 24, 8), torch.randn(1, 24, 2)
+
+    def values(q, k, w):
+        scores = (torch.einsum("bshd,btd->bsht", q, k).relu() * w[..., None]).sum(2)
+        return scores.topk(5).values
+
+    compiled = torch.compile(values, backend="hisa", options={"hisa.base": base})
+    torch.testing.assert_close(compiled(q, k, w), values(q, k, w))
+    assert len(hisa_compile.reports()[-1].rewritten) == 1
+    q.requires_grad_()
+    compiled(q, k, w).sum().backward()
+    assert "gradient" in hisa_compile.reports()[-1].sites[0].reason
+    (expected,) = torch.autograd.grad(values(q, k, w).sum(), q)
+    torch.testing.assert_close(q.grad, expected)

@@ -31,19 +31,20 @@ prims = torch.ops.prims
 log = logging.getLogger("hisa_compile")
 
 
-def rewrite_indexers(graph: Graph, settings: PassSettings) -> list[Site]:
+def rewrite_indexers(graph: Graph, settings: PassSettings, *, under_autograd: bool = False) -> list[Site]:
     """Rewrite every proved indexer of ``graph`` to ``hisa::indexer_topk``; one :class:`Site` a selection.
 
+    ``under_autograd``: the graph itself will be differentiated when it runs, as a joint graph is not.
     A graph in which nothing is rewritten comes back untouched, node for node.
     """
     found = selections(graph)
-    sites = [_visit(graph, node, settings) for node in found]
+    sites = [_visit(graph, node, settings, under_autograd) for node in found]
     if any(site.rewritten for site in sites):
         graph.lint()
     return sites
 
 
-def _visit(graph: Graph, node: Node, settings: PassSettings) -> Site:
+def _visit(graph: Graph, node: Node, settings: PassSettings, under_autograd: bool) -> Site:
     op = "topk" if "topk" in str(node.target) else "sort"
     module, location = module_path(node), source_location(node)
     mark = mark_of(node)
@@ -53,7 +54,7 @@ def _visit(graph: Graph, node: Node, settings: PassSettings) -> Site:
         form = describe_indexer(selection.score, selection.dim)
         topk = selection.topk
         heads, head_dim = _number(form.heads), _number(form.features)
-        _check_obligations(graph, selection, form)
+        _check_obligations(graph, selection, form, under_autograd)
         budget = _budget(topk, settings, mark)
         _replace(graph, selection, form, budget)
     except NotAnIndexer as reason:
@@ -84,7 +85,7 @@ def _budget(topk: int, settings: PassSettings, mark: Mark | None) -> Budget:
 # Obligations ----------------------------------------------------------------------------------------------------
 
 
-def _check_obligations(graph: Graph, selection: Selection, form: IndexerForm) -> None:
+def _check_obligations(graph: Graph, selection: Selection, form: IndexerForm, under_autograd: bool) -> None:
     """What must hold besides the form of the score."""
     device = selection.score.meta["val"].device
     if device.type not in ("cpu", "cuda"):
@@ -100,9 +101,7 @@ def _check_obligations(graph: Graph, selection: Selection, form: IndexerForm) ->
         if value.device != device and not (value.dim() == 0 and value.device.type == "cpu"):
             raise NotAnIndexer(f"{access.node.name} is on another device than the score")
     if selection.values:
-        if selection.node.meta["val"][0].requires_grad or any(
-            node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes
-        ):
+        if under_autograd or any(node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes):
             raise NotAnIndexer("its values are used in a training graph, where a gradient may flow through them")
         if any(fill != -math.inf for fill in form.fills) and (form.additive_mask or len(form.fills) > 1):
             raise NotAnIndexer("its values are used, and the mask does not set hidden ones to one value")
