@@ -27,7 +27,8 @@ help:
 
 demo: $(INSTALLED)
 	@echo "== running examples/quickstart.py"
-	$(BIN)/python examples/quickstart.py
+	@# Inductor's cache of its own: what other versions or environments left in the shared one is not met here.
+	TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-cache $(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED)
 	@echo "== running the test suite, some 10 minutes on 2 cores"
