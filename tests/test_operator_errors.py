@@ -129,11 +129,18 @@ def test_more_tokens_than_int32_holds_are_refused() -> None:
 
 
 def test_broadcast_shapes_that_fit_are_no_errors() -> None:
-    """Scalars, single rows and single columns."""
-    for window in (int32(), int32(1), int32(S), int32(B, 1), int32(1, S), int32(B, S)):
-        indexer_topk(**arguments(window_start=window, window_end=window))
-    for mask in (true(), true(1), true(T), true(S, 1), true(S, T), true(B, 1, 1), true(1, 1, T), true(B, S, T)):
-        indexer_topk(**arguments(mask=mask))
+    """Scalars, single rows and single columns mean what they mean expanded."""
+
+    def check(small: dict[str, Tensor], full: dict[str, Tensor]) -> None:
+        for actual, expected in zip(indexer_topk(**arguments(**small)), indexer_topk(**arguments(**full)), strict=True):
+            assert torch.equal(actual, expected)
+
+    for shape in ((), (1,), (S,), (B, 1), (1, S), (B, S)):
+        end = torch.randint(0, T + 1, shape, dtype=torch.int32)
+        check({"window_end": end}, {"window_end": end.expand(B, S).contiguous()})
+    for shape in ((), (1,), (T,), (S, 1), (S, T), (B, 1, 1), (1, 1, T), (B, S, T)):
+        mask = torch.rand(shape) < 0.5
+        check({"mask": mask}, {"mask": mask.expand(B, S, T).contiguous()})
 
 
 @pytest.mark.parametrize(

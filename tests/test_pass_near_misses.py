@@ -137,7 +137,6 @@ def test_a_budget_below_topk_leaves_any_indexer_flat_and_says_so(program: Progra
     """A setting that makes rewriting impossible is reported with the numbers, and the graph stays."""
     module = aten_graph(program.run, program.inputs())
     before = str(module.graph)
-    # topk + 1 tokens at least, or topk itself would be the number of tokens.
     (site,) = rewrite_indexers(module.graph, PassSettings(block_size=1, block_topk=2))
     if min(program.topk, program.tokens) > 2 and program.rewritable:
         assert not site.rewritten

@@ -134,10 +134,7 @@ def product_of_sizes(axes: Sequence[Axis]) -> sympy.Expr:
     return sympy.Mul(*(axis.size for axis in axes))
 
 
-def index_of(dims: Sequence[Index], last: torch.SymInt | int | None = None) -> tuple[Index, ...]:
-    """How to address a tensor whose dimensions are ``dims`` and, if given, a last one of size ``last``."""
-    index = tuple(resolved(dim) for dim in dims)
-    if last is None:
-        return index
+def index_of(dims: Sequence[Index], last: torch.SymInt | int) -> tuple[Index, ...]:
+    """How to address a tensor whose dimensions are ``dims`` and a last one of size ``last``."""
     size = size_expr(last)
-    return (*index, () if size == 1 else (Axis(size, "k"),))
+    return (*map(resolved, dims), () if size == 1 else (Axis(size, "k"),))
