@@ -88,8 +88,8 @@ def recorded_calls() -> Iterator[list[tuple[dict[str, Any], tuple[Tensor, Tensor
     calls: list[tuple[dict[str, Any], tuple[Tensor, Tensor]]] = []
     original = cpu.indexer_topk_cpu
 
-    def record(q, k, weights, topk, budget, visibility, k_scale, sorted, mark_hidden):  # type: ignore[no-untyped-def]
-        result = original(q, k, weights, topk, budget, visibility, k_scale, sorted, mark_hidden)
+    def record(q, k, weights, topk, budget, visibility, *rest):  # type: ignore[no-untyped-def]
+        result = original(q, k, weights, topk, budget, visibility, *rest)
         arguments = {"q": q, "k": k, "weights": weights, "topk": topk, **budget._asdict(), **visibility._asdict()}
         calls.append(({n: v.clone() if isinstance(v, Tensor) else v for n, v in arguments.items()}, result))
         return result

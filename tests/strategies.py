@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
     @property
     def visibility(self) -> dict[str, Tensor]:
-        names = ("window_start", "window_end", "key_valid", "mask")
+        names = ("window_start", "window_end", "key_valid", "mask", "q_segment", "k_segment")
         return {name: self.options[name] for name in names if name in self.options}
 
     def __repr__(self) -> str:
@@ -61,6 +61,13 @@ def relayout(x: Tensor, layout: str) -> Tensor:
         out = spare[..., 1::2] if layout == "strided" else spare[..., 1 : x.shape[-1] + 1]
         return out.copy_(x)
     return x.contiguous()
+
+
+def spread(x: Tensor, layout: str) -> Tensor:
+    """x of [B, T] in another layout: the same values, or where ``expanded`` those of its first row."""
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    return x.repeat_interleave(2, 1)[:, ::2] if layout == "strided" else x
 
 
 def integers(generator: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
@@ -83,6 +90,37 @@ def make_values(
     return q.to(dtype), k.to(dtype), weights.to(weight_dtype)
 
 
+SEGMENTS = ("packed", "unsorted", "wide", "one", "unmatched")
+
+
+def make_segments(
+    generator: torch.Generator, kind: str, dtype: torch.dtype, q_shape: tuple[int, ...], batch: int, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """q_segment of ``q_shape`` and k_segment [B, T].
+
+    packed: runs of equal ids, ascending; unsorted: few ids, some negative, in any order; wide: in int64 ids that
+    are equal in their low 32 bits, in int32 both ends of the range; one: the same for all; unmatched: queries may
+    have ids that no token has, inside and outside the range.
+    """
+    if kind == "packed":
+        starts = (integers(generator, 0, 5, batch, tokens) == 0).long()
+        k_segment = starts.cumsum(1)
+        q_segment = integers(generator, 0, int(k_segment.max()), *q_shape)
+        return q_segment.to(dtype), k_segment.to(dtype)
+    ids = {"unsorted": [-7, 0, 2, 9], "one": [3], "unmatched": [-4, 4]}.get(kind)
+    if ids is None:
+        limits = torch.iinfo(dtype)
+        ids = [limits.min, limits.max, 5, -1]
+        if dtype == torch.int64:
+            ids += [5 + 2**32, 5 - 2**32, 5 + 2**40]
+    asked = torch.tensor(ids + [-9, 0, 9] * (kind == "unmatched"))
+    k_segment = torch.tensor(ids)[integers(generator, 0, len(ids) - 1, batch, tokens)]
+    # Some runs, so that there are blocks of one segment, of two and of many.
+    runs = integers(generator, 1, 6, 1).item()
+    k_segment = k_segment[:, torch.arange(tokens) // runs]
+    return asked[integers(generator, 0, len(asked) - 1, *q_shape)].to(dtype), k_segment.to(dtype)
+
+
 @st.composite
 def calls(
     draw: st.DrawFn,
@@ -95,6 +133,7 @@ def calls(
     max_dim: int = 8,
     special: bool = True,
     masks: bool = True,
+    segments: bool | None = None,
 ) -> Call:
     """A whole call: budget, visibility in any combination and broadcast shape, fills, NaN and inf keys.
 
@@ -102,6 +141,7 @@ def calls(
         values: "integers" (exact in float32) or "gaussian".
         special: NaN and, where the dtype has it, inf in some keys.
         masks: draw free-form masks too.
+        segments: with segments or without; both unless given.
     """
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32), label="seed"))
     dtype = draw(st.sampled_from(dtypes))
@@ -127,12 +167,20 @@ def calls(
         shape = draw(st.sampled_from((None, *mask_shapes)), label="mask")
         if shape is not None:
             options["mask"] = integers(generator, 0, 3, *shape) > 0
-    if draw(st.booleans(), label="k_scale"):
-        # Powers of two of any sign, and 0, so that integers stay exact.
-        options["k_scale"] = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])[
-            integers(generator, 0, 6, batch, tokens)
-        ]
+    if draw(st.booleans(), label="segments") if segments is None else segments:
+        shape = draw(st.sampled_from(window_shapes), label="q_segment")
+        kind, ids = draw(st.sampled_from(SEGMENTS)), draw(st.sampled_from((torch.int32, torch.int64)))
+        options["q_segment"], options["k_segment"] = make_segments(generator, kind, ids, shape, batch, tokens)
+    for name in ("k_scale", "k_weight"):
+        if draw(st.booleans(), label=name):
+            # Powers of two of any sign, and 0, so that integers stay exact.
+            options[name] = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])[
+                integers(generator, 0, 6, batch, tokens)
+            ]
     options["sorted"] = draw(st.booleans(), label="sorted")
     options["mark_hidden"] = draw(st.booleans(), label="mark_hidden")
     q, k, weights = (relayout(x, draw(st.sampled_from(layouts))) for x in (q, k, weights))
+    for name in ("k_segment", "k_weight"):
+        if name in options and len(layouts) > 1:
+            options[name] = spread(options[name], draw(st.sampled_from(("contiguous", "strided", "expanded"))))
     return Call(q, k, weights, topk, options)

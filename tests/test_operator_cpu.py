@@ -43,11 +43,11 @@ def test_chunks_and_tiles_of_any_size_give_the_reference(call: Call) -> None:
 
 
 def score_tolerance(call: Call) -> Tensor:
-    """Most that float32 accumulation in any order can be off, [B, S, T]: (D + H + 3) roundings of every term."""
-    roundings = call.q.shape[3] + call.q.shape[2] + 3
-    k_scale = call.options["k_scale"].abs() if "k_scale" in call.options else None
+    """Most that float32 accumulation in any order can be off, [B, S, T]: (D + H + 4) roundings of every term."""
+    roundings = call.q.shape[3] + call.q.shape[2] + 4
+    factors = (call.options[name].abs() if name in call.options else None for name in ("k_scale", "k_weight"))
     sizes = (call.q.double().abs(), call.k.double().abs(), call.weights.double().abs())
-    return roundings * torch.finfo(torch.float32).eps * reference.indexer_scores(*sizes, k_scale)
+    return roundings * torch.finfo(torch.float32).eps * reference.indexer_scores(*sizes, *factors)
 
 
 @settings(max_examples=150, deadline=None)
@@ -57,8 +57,8 @@ def test_scores_are_the_tokens_own_and_no_better_candidate_is_left_out(call: Cal
     call = call.with_options(mark_hidden=False, sorted=True)
     indices, scores = call.run(indexer_topk)
     exact = call.q.double(), call.k.double(), call.weights.double()
-    k_scale = call.options.get("k_scale")
-    own, tolerance = reference.indexer_scores(*exact, k_scale), score_tolerance(call)
+    k_scale, k_weight = call.options.get("k_scale"), call.options.get("k_weight")
+    own, tolerance = reference.indexer_scores(*exact, k_scale, k_weight), score_tolerance(call)
     visible = reference.visible_tokens(call.q, call.k, **call.visibility)
     chosen = indices.long()
     own_chosen = own.masked_fill(~visible, float("-inf")).gather(-1, chosen)
@@ -68,7 +68,7 @@ def test_scores_are_the_tokens_own_and_no_better_candidate_is_left_out(call: Cal
     assert (scores[..., 1:] <= scores[..., :-1]).all()
 
     # Candidates as float64 sees them, for rows where the coarse filter was no close call.
-    means = reference.block_means(call.k, call.options["block_size"], call.options.get("key_valid"), k_scale)
+    means = reference.block_means(call.k, call.options["block_size"], call.options.get("key_valid"), k_scale, k_weight)
     block_scores = reference.indexer_scores(exact[0], means.double(), exact[2])
     in_blocks = pad_to_blocks(visible, call.options["block_size"])
     block_error = 4 * score_tolerance(call._replace(k=means, options={})).amax(-1, keepdim=True) + means_error(call)
@@ -96,8 +96,9 @@ def means_error(call: Call) -> Tensor:
     """
     eps = torch.finfo(reference.pooled_dtype(call.k.dtype)).eps
     keys = call.k.double().abs()
-    if "k_scale" in call.options:
-        keys = keys * call.options["k_scale"].abs()[..., None]
+    for name in ("k_scale", "k_weight"):
+        if name in call.options:
+            keys = keys * call.options[name].abs()[..., None]
     largest = keys.amax(1, keepdim=True)
     return 16 * eps * reference.indexer_scores(call.q.double().abs(), largest, call.weights.double().abs())
 

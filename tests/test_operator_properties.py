@@ -40,10 +40,10 @@ def rows_of(x: Tensor, dims: int, batch: Any = slice(None), queries: Any = slice
 def part(call: Call, batch: Any = slice(None), queries: Any = slice(None)) -> Call:
     """The same call for some batch entries and some queries."""
     options = dict(call.options)
-    for name, dims in (("window_start", 2), ("window_end", 2), ("mask", 3)):
+    for name, dims in (("window_start", 2), ("window_end", 2), ("mask", 3), ("q_segment", 2)):
         if name in options:
             options[name] = rows_of(options[name], dims, batch, queries)
-    for name in ("key_valid", "k_scale"):
+    for name in ("key_valid", "k_scale", "k_segment", "k_weight"):
         if name in options:
             options[name] = options[name][batch]
     q, weights = call.q[batch][:, queries], call.weights[batch][:, queries]
@@ -229,7 +229,7 @@ def workspace(queries: int, tokens: int, block_topk: int = 8, dim: int = 8, **vi
     visibility = {"window_end": torch.linspace(1, tokens, queries).int()[None]} | visibility
     with LiveBytes() as live:
         result = indexer_topk_cpu(
-            q, k, weights, 16, Budget(16, block_topk), Visibility(**visibility), None, True, False
+            q, k, weights, 16, Budget(16, block_topk), Visibility(**visibility), None, None, True, False
         )
     return live.peak - sum(x.nbytes for x in result)
 
@@ -243,7 +243,7 @@ def test_the_byte_counter_sees_a_matrix_of_queries_times_tokens() -> None:
     assert live.live < live.peak / 10
 
 
-@pytest.mark.parametrize("kind", ["causal", "holes", "short"])
+@pytest.mark.parametrize("kind", ["causal", "holes", "short", "packed", "mixed", "mixed with holes"])
 @pytest.mark.parametrize("block_topk", [8, 1024], ids=["pruned", "exact"])
 def test_the_workspace_does_not_grow_with_queries_times_tokens(
     monkeypatch: pytest.MonkeyPatch, kind: str, block_topk: int
@@ -255,9 +255,13 @@ def test_the_workspace_does_not_grow_with_queries_times_tokens(
 
     def visibility(tokens: int) -> dict[str, Tensor]:
         holes = {"key_valid": torch.arange(tokens)[None] % 5 > 0}
+        packed = {"q_segment": torch.tensor(3), "k_segment": torch.arange(tokens)[None] // 700}
+        # Every block is looked into: it holds segments below and above the queries' own.
+        mixed = {"q_segment": torch.tensor(3), "k_segment": torch.arange(tokens)[None] % 7}
         # No row sees enough tokens, so every row is filled up.
         short = {"window_end": torch.tensor(5).int()}
-        return {"causal": {}, "holes": holes, "short": short}[kind]
+        kinds = {"causal": {}, "holes": holes, "short": short, "packed": packed, "mixed": mixed}
+        return kinds.get(kind, mixed | holes)
 
     small, large = (workspace(s, t, block_topk, **visibility(t)) for s, t in ((8, 2048), (64, 8192)))
     assert large - small < 64 * 8192 - 8 * 2048

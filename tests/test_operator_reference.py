@@ -42,7 +42,12 @@ def select_for_one_query(call: Call, batch: int, query: int) -> tuple[list[int],
     start = int(options["window_start"].expand(rows)[batch, query]) if "window_start" in options else 0
     end = int(options["window_end"].expand(rows)[batch, query]) if "window_end" in options else tokens
     allowed = options["mask"].expand(*rows, tokens)[batch, query].tolist() if "mask" in options else [True] * tokens
-    visible = [start <= t < end and valid[t] and allowed[t] for t in range(tokens)]
+    together = [True] * tokens
+    if "q_segment" in options:
+        own_segment = int(options["q_segment"].expand(rows)[batch, query])
+        together = [segment == own_segment for segment in options["k_segment"][batch].tolist()]
+    visible = [start <= t < end and valid[t] and allowed[t] and together[t] for t in range(tokens)]
+    factors = options["k_weight"][batch].tolist() if "k_weight" in options else [1.0] * tokens
     heads, weights = call.q[batch, query].double().tolist(), call.weights[batch, query].double().tolist()
 
     size = options["block_size"]
@@ -50,13 +55,13 @@ def select_for_one_query(call: Call, batch: int, query: int) -> tuple[list[int],
     eligible = [b for b, block in enumerate(blocks) if any(visible[t] for t in block)]
     means = {}
     for b in eligible:
-        held = [keys[t] for t in blocks[b] if valid[t]]
+        held = [[abs(factors[t]) * x for x in keys[t]] for t in blocks[b] if valid[t]]
         means[b] = score(heads, weights, [sum(column) / len(held) for column in zip(*held, strict=True)])
     ends = {eligible[0], eligible[-1]} if eligible else set()
     inner = by_score({b: s for b, s in means.items() if b not in ends})
     kept = ends | set(inner[: options["block_topk"] - len(ends)])
 
-    own = {t: score(heads, weights, keys[t]) for t in range(tokens)}
+    own = {t: factors[t] * score(heads, weights, keys[t]) for t in range(tokens)}
     candidates = [t for t in range(tokens) if visible[t] and t // size in kept]
     others = [t for t in range(tokens) if visible[t] and t // size not in kept]
     hidden = [t for t in range(tokens) if not visible[t]]

@@ -55,6 +55,7 @@ def record(
     tokens: int = 16384,
     budget: Budget = Budget(128, 64),  # noqa: B008
     everything: bool = False,
+    segments: torch.dtype = torch.int64,
     **options: bool,
 ) -> list[Launch]:
     """The launches of one call, ``everything``: with all the optional tensors."""
@@ -66,10 +67,13 @@ def record(
     k = torch.zeros(1, tokens, dim).to(dtype)
     window = torch.zeros(1, 1, dtype=torch.int32)
     visible = torch.ones(1, 1, tokens, dtype=torch.bool)
-    visibility = Visibility(window, window, visible[0], visible) if everything else Visibility(window_end=window)
-    scale = torch.ones(1, tokens) if everything else None
+    segment = torch.zeros(1, tokens, dtype=segments)
+    visibility = Visibility(window_end=window)
+    if everything:
+        visibility = Visibility(window, window, visible[0], visible, segment[:, :1], segment)
+    scale = weight = torch.ones(1, tokens) if everything else None
     arguments = {"sorted": True, "mark_hidden": False} | options
-    launch.indexer_topk_triton(q, k, torch.zeros(1, 1, heads), topk, budget, visibility, scale, **arguments)
+    launch.indexer_topk_triton(q, k, torch.zeros(1, 1, heads), topk, budget, visibility, scale, weight, **arguments)
     return launches
 
 

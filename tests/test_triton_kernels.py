@@ -63,7 +63,7 @@ def garbage_in_new_memory() -> Iterator[None]:
 
 def run(case: Case, **changes: Any) -> tuple[Tensor, Tensor]:
     """The kernels on a case, whose entries are named like the arguments of the reference."""
-    case = {"k_scale": None, "sorted": True, "mark_hidden": False} | case | changes
+    case = {"k_scale": None, "k_weight": None, "sorted": True, "mark_hidden": False} | case | changes
     visibility = Visibility(*(case.get(name) for name in Visibility._fields))
     budget = Budget(case["block_size"], case["block_topk"])
     with garbage_in_new_memory():
@@ -75,6 +75,7 @@ def run(case: Case, **changes: Any) -> tuple[Tensor, Tensor]:
             budget,
             visibility,
             case["k_scale"],
+            case["k_weight"],
             case["sorted"],
             case["mark_hidden"],
         )
@@ -399,7 +400,7 @@ def test_workspace_does_not_grow_with_the_queries() -> None:
     zero = torch.zeros(1, 1, 1, 1, device=DEVICE)
     q, k = zero.expand(1, 300_000, 64, 128), zero[0].expand(1, 10**6, 128)
     with mock.patch.object(torch, "empty", counting), mock.patch.object(launch, "launch"):
-        launch.indexer_topk_triton(q, k, q[..., 0], 20, Budget(128, 64), Visibility(), None, True, False)
+        launch.indexer_topk_triton(q, k, q[..., 0], 20, Budget(128, 64), Visibility(), None, None, True, False)
     outputs, means, chunks = allocated[:2], allocated[2], allocated[3:]
     assert outputs == [300_000 * 20 * 4] * 2
     assert means == -(-(10**6) // 128) * 128 * 4
@@ -496,7 +497,16 @@ def test_peak_memory_at_a_real_size(dtype: torch.dtype) -> None:
         before = torch.cuda.memory_allocated()
         visibility = Visibility(window_end=case["window_end"])
         outputs = launch.indexer_topk_triton(
-            case["q"], case["k"], case["weights"], 2048, Budget(128, 64), visibility, case.get("k_scale"), True, False
+            case["q"],
+            case["k"],
+            case["weights"],
+            2048,
+            Budget(128, 64),
+            visibility,
+            case.get("k_scale"),
+            None,
+            True,
+            False,
         )
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before - sum(x.numel() * 4 for x in outputs)
@@ -522,7 +532,7 @@ def test_captured_in_a_cuda_graph_and_replayed_on_other_inputs() -> None:
 
     def call() -> tuple[Tensor, Tensor]:
         return launch.indexer_topk_triton(
-            case["q"], case["k"], case["weights"], 2048, Budget(128, 64), visibility, None, True, False
+            case["q"], case["k"], case["weights"], 2048, Budget(128, 64), visibility, None, None, True, False
         )
 
     call()

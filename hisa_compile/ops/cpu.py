@@ -5,10 +5,11 @@ product in a shape that depends on neither the batch nor the number of queries, 
 copies; a group that is not full repeats its last row.  For a BLAS may add in another order for another
 shape or alignment, and a row's bits must depend on its own inputs alone.  Groups, because every torch
 operation is a parallel region that all threads enter and leave: one per row costs more than it computes.
-All else (visibility, filter, selection) is exact arithmetic on integers, on a chunk of rows at once.
+All else (visibility, see :mod:`.cpu_rows`, filter, selection) is exact arithmetic on integers, on a chunk of
+rows at once.
 
 Half-precision and float8 keys are cast up tile by tile, and ``k_scale`` multiplies the float32 product,
-``relu(k_scale * (q . k))``, so that the products themselves are exact.
+``relu(k_scale * (q . k))``, so that the products themselves are exact.  ``k_weight`` multiplies the finished score.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget
+from .cpu_rows import Rows, segment_bounds
 from .reference import pooled_dtype
 from .visibility import Visibility
 
@@ -68,15 +70,15 @@ def _aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
 class _Scorer:
     """Scores of a chunk's rows against keys, tile by tile."""
 
-    def __init__(self, q: Tensor, k: Tensor, weights: Tensor, k_scale: Tensor | None) -> None:
-        self.q, self.k, self.weights, self.k_scale = q, k, weights, k_scale
+    def __init__(self, q: Tensor, k: Tensor, weights: Tensor, k_scale: Tensor | None, k_weight: Tensor | None) -> None:
+        self.q, self.k, self.weights, self.k_scale, self.k_weight = q, k, weights, k_scale, k_weight
         self.heads, self.dim = q.shape[2:]
         self._largest_tile = min(max(TILE_ELEMENTS // (GROUP * max(self.heads, self.dim, 1)) // 16, 1) * 16, 2048)
         self._batches: list[int] = []
         self._all: list[_Group] = []
         self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def load(self, rows: _Rows) -> None:
+    def load(self, rows: Rows) -> None:
         """Make ``rows`` the chunk that the methods below know by number."""
         count = rows.batch.shape[0]
         self._queries = _aligned_rows(self.q, count, self.heads * self.dim)
@@ -85,7 +87,13 @@ class _Scorer:
         self._batches = rows.batch.tolist()
         self._all = self._groups(range(count))
 
-    def all_keys(self, keys: Tensor, k_scale: Tensor | None, spans: list[list[int]]) -> Tensor:
+    def all_tokens(self, spans: list[list[int]]) -> Tensor:
+        """Scores of all rows against all tokens, as [R, T].  ``spans`` as :meth:`all_keys` has them."""
+        return self.all_keys(self.k, spans, self.k_scale, self.k_weight)
+
+    def all_keys(
+        self, keys: Tensor, spans: list[list[int]], k_scale: Tensor | None = None, k_weight: Tensor | None = None
+    ) -> Tensor:
         """Scores of all rows against ``keys`` [B, N, D], as [R, N].
 
         ``spans`` holds a row's first and last + 1 column of interest; a tile that no row of its group is
@@ -113,6 +121,8 @@ class _Scorer:
                 if k_scale is not None:
                     products[:, : last - first] *= k_scale[group.batches, first:last, None]
                 torch.sum(products.relu_().mul_(group.weights), -1, out=out)
+                if k_weight is not None:
+                    out[:, : last - first] *= k_weight[group.batches, first:last]
         return scores[: len(self._batches), :count]
 
     def keys_at(self, numbers: list[int] | None, positions: Tensor, counts: list[int]) -> Tensor:
@@ -142,7 +152,10 @@ class _Scorer:
                 torch.bmm(tile, group.queries, out=products)
                 if self.k_scale is not None:
                     products *= self.k_scale[group.batches[:, None], at][..., None]
-                torch.sum(products.relu_().mul_(group.weights), -1, out=scores[rows, first : first + size])
+                out = scores[rows, first : first + size]
+                torch.sum(products.relu_().mul_(group.weights), -1, out=out)
+                if self.k_weight is not None:
+                    out *= self.k_weight[group.batches[:, None], at]
         return scores[: len(counts), : positions.shape[1]]
 
     def _groups(self, numbers: Sequence[int]) -> list[_Group]:
@@ -194,70 +207,6 @@ class _Group(NamedTuple):
     only_batch: int | None
 
 
-class _Rows:
-    """A chunk of rows: where they are in the batch, and which tokens they see."""
-
-    def __init__(self, rows: Tensor, q: Tensor, tokens: int, visibility: Visibility) -> None:
-        batch, queries = q.shape[:2]
-        self.batch = rows // queries
-        self.query = rows % queries
-        self.tokens = tokens
-        self.windowed = visibility.window_start is not None or visibility.window_end is not None
-        self.key_valid = visibility.key_valid
-        self.mask = None if visibility.mask is None else visibility.mask.expand(batch, queries, tokens)
-        self.start = self._window(visibility.window_start, 0, (batch, queries))
-        self.end = self._window(visibility.window_end, tokens, (batch, queries))
-
-    def _window(self, window: Tensor | None, default: int, shape: tuple[int, int]) -> Tensor:
-        if window is None:
-            return torch.full_like(self.batch, default)
-        return window.expand(shape)[self.batch, self.query].long().clamp(0, self.tokens)
-
-    def __getitem__(self, chosen: Tensor) -> _Rows:
-        part = object.__new__(_Rows)
-        part.batch, part.query = self.batch[chosen], self.query[chosen]
-        part.start, part.end = self.start[chosen], self.end[chosen]
-        part.tokens, part.windowed, part.key_valid, part.mask = self.tokens, self.windowed, self.key_valid, self.mask
-        return part
-
-    def spans(self, size: int = 1) -> list[list[int]]:
-        """First and last + 1 token of each row's window, in units of ``size`` tokens."""
-        return torch.stack((self.start // size, (self.end + size - 1) // size), -1).tolist()
-
-    def sees(self, positions: Tensor) -> Tensor:
-        """Visible or not at ``positions`` [R, N]; a position past the last token is not."""
-        visible = (positions >= self.start[:, None]) & (positions < self.end[:, None])
-        inside = positions.clamp_max(self.tokens - 1)
-        if self.key_valid is not None:
-            visible &= self.key_valid[self.batch[:, None], inside]
-        if self.mask is not None:
-            visible &= self.mask[self.batch[:, None], self.query[:, None], inside]
-        return visible
-
-    def sees_all(self) -> Tensor:
-        """Visible or not for every token, [R, T]."""
-        if self.windowed:
-            positions = torch.arange(self.tokens, device=self.batch.device)
-            visible = (positions >= self.start[:, None]) & (positions < self.end[:, None])
-        else:
-            visible = self.batch.new_ones((self.batch.shape[0], self.tokens), dtype=torch.bool)
-        if self.key_valid is not None:
-            visible &= self.key_valid[self.batch]
-        if self.mask is not None:
-            visible &= self.mask[self.batch, self.query]
-        return visible
-
-    def sees_in_blocks(self, block_size: int, blocks: int) -> Tensor:
-        """The eligible blocks, [R, M]: those that hold a visible token."""
-        if self.key_valid is None and self.mask is None:
-            first = torch.arange(blocks, device=self.batch.device) * block_size
-            start, end = self.start[:, None], self.end[:, None]
-            return (first + block_size > start) & (first < end) & (start < end)
-        padding = blocks * block_size - self.tokens
-        visible = torch.nn.functional.pad(self.sees_all(), (0, padding))
-        return visible.view(-1, blocks, block_size).any(-1)
-
-
 def _rank(scores: Tensor) -> Tensor:
     """int32 of the same order as the scores: equal for equal scores, NaN above all, free at both ends."""
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
@@ -270,7 +219,9 @@ def _unique_rank(rank: Tensor, positions: Tensor) -> Tensor:
     return (rank.long() << 32) | (_LOW_BITS - positions)
 
 
-def _block_means(k: Tensor, block_size: int, key_valid: Tensor | None, k_scale: Tensor | None) -> Tensor:
+def _block_means(
+    k: Tensor, block_size: int, key_valid: Tensor | None, k_scale: Tensor | None, k_weight: Tensor | None
+) -> Tensor:
     """``reference.block_means`` with a float32 copy of a few blocks at a time only."""
     batch, tokens, dim = k.shape
     blocks = -(-tokens // block_size)
@@ -285,8 +236,12 @@ def _block_means(k: Tensor, block_size: int, key_valid: Tensor | None, k_scale: 
             first, last = block * block_size, min((block + size) * block_size, tokens)
             # Contiguous, because the order of a sum may depend on the layout.
             keys = k[entry, first:last].float().contiguous()
-            if k_scale is not None:
-                keys = keys * k_scale[entry, first:last, None]
+            factor = None if k_scale is None else k_scale[entry, first:last]
+            if k_weight is not None:
+                magnitude = k_weight[entry, first:last].abs()
+                factor = magnitude if factor is None else factor * magnitude
+            if factor is not None:
+                keys = keys * factor[:, None]
             if key_valid is not None:
                 # where, not a product: a NaN in an invalid key must not reach the mean.
                 keys = torch.where(key_valid[entry, first:last, None], keys, 0.0)
@@ -320,7 +275,7 @@ def _sort_by_score(positions: Tensor, scores: Tensor, visible: Tensor) -> tuple[
 
 def _fill_up(
     scorer: _Scorer,
-    rows: _Rows,
+    rows: Rows,
     numbers: Tensor,
     in_kept: Tensor,
     positions: Tensor,
@@ -357,6 +312,7 @@ def indexer_topk_cpu(
     budget: Budget,
     visibility: Visibility,
     k_scale: Tensor | None,
+    k_weight: Tensor | None,
     sorted: bool,
     mark_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -372,24 +328,26 @@ def indexer_topk_cpu(
     if indices.numel() == 0:
         return indices, scores
     blocks = -(-tokens // budget.block_size)
+    means = bounds = None
+    columns = tokens
     if blocks > budget.block_topk:
-        means = _block_means(k, budget.block_size, visibility.key_valid, k_scale)
+        means = _block_means(k, budget.block_size, visibility.key_valid, k_scale, k_weight)
+        if visibility.k_segment is not None and visibility.mask is None:
+            bounds = segment_bounds(visibility.k_segment, budget.block_size, visibility.key_valid)
         # A token's visibility is a byte or two, a small part of what a candidate takes.
-        looked_at = 0 if visibility.key_valid is None and visibility.mask is None else tokens // 16
-        columns = budget.candidates + blocks + looked_at
-    else:
-        means, columns = None, tokens
+        by_token = visibility.mask is not None or (visibility.key_valid is not None and bounds is None)
+        columns = budget.candidates + blocks + (tokens // 16 if by_token else 0)
     chunk = max(1, CHUNK_ELEMENTS // (columns * GROUP)) * GROUP
-    scorer = _Scorer(q, k, weights, k_scale)
+    scorer = _Scorer(q, k, weights, k_scale, k_weight)
     with _float32_products():
         for first in range(0, batch * queries, chunk):
             last = min(first + chunk, batch * queries)
-            rows = _Rows(torch.arange(first, last, device=q.device), q, tokens, visibility)
+            rows = Rows(torch.arange(first, last, device=q.device), q, tokens, visibility)
             scorer.load(rows)
             if means is None:
                 found = _flat(scorer, rows, width)
             else:
-                found = _hierarchical(scorer, rows, width, means, budget)
+                found = _hierarchical(scorer, rows, width, means, bounds, budget)
             positions, found_scores, visible = found
             if mark_hidden:
                 positions.masked_fill_(~visible, -1)
@@ -399,9 +357,9 @@ def indexer_topk_cpu(
     return indices, scores
 
 
-def _flat(scorer: _Scorer, rows: _Rows, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _flat(scorer: _Scorer, rows: Rows, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best tokens of all: positions, scores, and whether visible, each [R, k']."""
-    scores = scorer.all_keys(scorer.k, scorer.k_scale, rows.spans())
+    scores = scorer.all_tokens(rows.spans())
     found = _best(scores, rows.sees_all(), torch.arange(rows.tokens, device=scores.device).expand(scores.shape), width)
     # Hidden tokens are the last choice, but in the result they stand beside visible ones of score -inf.
     for short in _short_rows(found[2], scores.shape[0]):
@@ -410,13 +368,15 @@ def _flat(scorer: _Scorer, rows: _Rows, width: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _hierarchical(
-    scorer: _Scorer, rows: _Rows, width: int, means: Tensor, budget: Budget
+    scorer: _Scorer, rows: Rows, width: int, means: Tensor, bounds: tuple[Tensor, Tensor] | None, budget: Budget
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best tokens of the best blocks: positions, scores, and whether visible, each [R, k']."""
     block_size, block_topk = budget
     blocks = means.shape[1]
-    block_scores = scorer.all_keys(means, None, rows.spans(block_size))
-    kept, count = _kept_blocks(block_scores, rows.sees_in_blocks(block_size, blocks), block_topk)
+    block_scores = scorer.all_keys(means, rows.spans(block_size))
+    kept, count = _kept_blocks(
+        block_scores, rows.sees_in_blocks(block_size, blocks, bounds, CHUNK_ELEMENTS), block_topk
+    )
     positions = (kept[..., None] * block_size + torch.arange(block_size, device=kept.device)).flatten(1)
     readable = positions.clamp_max(rows.tokens - 1)
     scores = scorer.keys_at(None, readable, (count * block_size).tolist())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .budget import resolve_budget
+from .visibility import Visibility
 
 
 def pooled_dtype(key_dtype: torch.dtype) -> torch.dtype:
@@ -19,14 +20,20 @@ def pooled_dtype(key_dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if key_dtype.itemsize == 1 else key_dtype
 
 
-def indexer_scores(q: Tensor, k: Tensor, weights: Tensor, k_scale: Tensor | None = None) -> Tensor:
-    """I[b,s,t] = sum_h w[b,s,h] * ReLU(q[b,s,h] . k[b,t]) as [B, S, T] (DSA, arXiv 2512.02556)."""
+def indexer_scores(
+    q: Tensor, k: Tensor, weights: Tensor, k_scale: Tensor | None = None, k_weight: Tensor | None = None
+) -> Tensor:
+    """I[b,s,t] = k_weight[b,t] * sum_h w[b,s,h] * ReLU(q[b,s,h] . k_scale[b,t] k[b,t]) as [B, S, T].
+
+    DSA (arXiv 2512.02556); the two factors of a key are 1 where not given.
+    """
     dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype) else torch.float32
     keys = k.to(dtype)
     if k_scale is not None:
         keys = keys * k_scale.to(dtype)[..., None]
     per_head = torch.einsum("bshd,btd->bsht", q.to(dtype), keys).relu()
-    return torch.einsum("bsh,bsht->bst", weights.to(dtype), per_head)
+    scores = torch.einsum("bsh,bsht->bst", weights.to(dtype), per_head)
+    return scores if k_weight is None else scores * k_weight.to(dtype)[:, None, :]
 
 
 def visible_tokens(
@@ -37,6 +44,8 @@ def visible_tokens(
     window_end: Tensor | None = None,
     key_valid: Tensor | None = None,
     mask: Tensor | None = None,
+    q_segment: Tensor | None = None,
+    k_segment: Tensor | None = None,
 ) -> Tensor:
     """Which tokens each query may see, bool [B, S, T]: everything that is given, ANDed."""
     rows, tokens = q.shape[:2], k.shape[1]
@@ -50,16 +59,32 @@ def visible_tokens(
         visible &= key_valid[:, None, :]
     if mask is not None:
         visible &= mask
+    if q_segment is not None and k_segment is not None:
+        visible &= q_segment.expand(rows)[..., None] == k_segment[:, None, :]
     return visible
 
 
-def block_means(k: Tensor, block_size: int, key_valid: Tensor | None = None, k_scale: Tensor | None = None) -> Tensor:
-    """Mean of each block's valid keys as [B, ceil(T / block_size), D]; 0 for a block with none."""
+def block_means(
+    k: Tensor,
+    block_size: int,
+    key_valid: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    k_weight: Tensor | None = None,
+) -> Tensor:
+    """Mean of each block's valid keys as [B, ceil(T / block_size), D]; 0 for a block with none.
+
+    A key counts as |k_weight| * k_scale * k.  ReLU lets a factor >= 0 through, so for weights of no sign the mean
+    speaks for the scores as they are, and otherwise for their magnitude.
+    """
     batch, tokens, dim = k.shape
     blocks = -(-tokens // block_size)
     keys = k.to(torch.promote_types(pooled_dtype(k.dtype), torch.float32))
-    if k_scale is not None:
-        keys = keys * k_scale.to(keys.dtype)[..., None]
+    factor = None if k_scale is None else k_scale.to(keys.dtype)
+    if k_weight is not None:
+        magnitude = k_weight.to(keys.dtype).abs()
+        factor = magnitude if factor is None else factor * magnitude
+    if factor is not None:
+        keys = keys * factor[..., None]
     valid = torch.ones(batch, tokens, dtype=torch.bool, device=k.device) if key_valid is None else key_valid
     # where, not a product: a NaN in an invalid key must not reach the mean.
     keys = torch.where(valid[..., None], keys, 0.0)
@@ -97,10 +122,14 @@ def flat_topk(
     k_scale: Tensor | None = None,
     sorted: bool = True,
     mark_hidden: bool = False,
+    q_segment: Tensor | None = None,
+    k_segment: Tensor | None = None,
+    k_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """DSA's own selection: the top ``topk`` of all visible tokens.  Arguments as :func:`indexer_topk`."""
-    visible = visible_tokens(q, k, window_start=window_start, window_end=window_end, key_valid=key_valid, mask=mask)
-    scores = indexer_scores(q, k, weights, k_scale)
+    visibility = Visibility(window_start, window_end, key_valid, mask, q_segment, k_segment)
+    visible = visible_tokens(q, k, **visibility._asdict())
+    scores = indexer_scores(q, k, weights, k_scale, k_weight)
     return _select(scores, visible, visible, topk, sorted, mark_hidden)
 
 
@@ -119,17 +148,21 @@ def indexer_topk(
     k_scale: Tensor | None = None,
     sorted: bool = True,
     mark_hidden: bool = False,
+    q_segment: Tensor | None = None,
+    k_segment: Tensor | None = None,
+    k_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """HISA's selection.  Arguments, results and errors as the public ``hisa_compile.indexer_topk``."""
     budget = resolve_budget(topk, block_size, block_topk)
-    visible = visible_tokens(q, k, window_start=window_start, window_end=window_end, key_valid=key_valid, mask=mask)
+    visibility = Visibility(window_start, window_end, key_valid, mask, q_segment, k_segment)
+    visible = visible_tokens(q, k, **visibility._asdict())
     tokens = k.shape[1]
-    means = block_means(k, budget.block_size, key_valid, k_scale)
+    means = block_means(k, budget.block_size, key_valid, k_scale, k_weight)
     padding = means.shape[1] * budget.block_size - tokens
     in_blocks = torch.nn.functional.pad(visible, (0, padding)).unflatten(-1, (means.shape[1], budget.block_size))
     kept = kept_blocks(indexer_scores(q, means, weights), in_blocks.any(-1), budget.block_topk)
     candidates = kept.repeat_interleave(budget.block_size, dim=-1)[..., :tokens] & visible
-    scores = indexer_scores(q, k, weights, k_scale)
+    scores = indexer_scores(q, k, weights, k_scale, k_weight)
     return _select(scores, visible, candidates, topk, sorted, mark_hidden)
 
 

@@ -24,7 +24,9 @@ _library = torch.library.Library("hisa", "DEF")
 _library.define(
     "indexer_topk(Tensor q, Tensor k, Tensor weights, SymInt topk, int? block_size=None, int? block_topk=None, "
     "Tensor? window_start=None, Tensor? window_end=None, Tensor? key_valid=None, Tensor? mask=None, "
-    "Tensor? k_scale=None, bool sorted=True, bool mark_hidden=False) -> (Tensor indices, Tensor scores)",
+    "Tensor? k_scale=None, bool sorted=True, bool mark_hidden=False, "
+    # Later arguments come last, so that the positions in graphs made before them stay right.
+    "Tensor? q_segment=None, Tensor? k_segment=None, Tensor? k_weight=None) -> (Tensor indices, Tensor scores)",
     # Any input layout is read in place, so Inductor need not copy to fixed strides.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
@@ -44,18 +46,21 @@ def _run(
     k_scale: Tensor | None = None,
     sorted: bool = True,
     mark_hidden: bool = False,
+    q_segment: Tensor | None = None,
+    k_segment: Tensor | None = None,
+    k_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    visibility = Visibility(window_start, window_end, key_valid, mask)
-    check_arguments(q, k, weights, k_scale=k_scale, **visibility._asdict())
+    visibility = Visibility(window_start, window_end, key_valid, mask, q_segment, k_segment)
+    check_arguments(q, k, weights, k_scale=k_scale, k_weight=k_weight, **visibility._asdict())
     budget = resolve_budget(topk, block_size, block_topk)
     # Imported at the first call: neither Triton nor the CPU path is needed to trace or to rewrite a graph.
     if q.device.type == "cpu":
         from .cpu import indexer_topk_cpu
 
-        return indexer_topk_cpu(q, k, weights, topk, budget, visibility, k_scale, sorted, mark_hidden)
+        return indexer_topk_cpu(q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden)
     from .triton.launch import indexer_topk_triton
 
-    return indexer_topk_triton(q, k, weights, topk, budget, visibility, k_scale, sorted, mark_hidden)
+    return indexer_topk_triton(q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden)
 
 
 @torch.library.register_fake(OP_NAME, lib=_library)
@@ -73,9 +78,12 @@ def _meta(
     k_scale: Tensor | None = None,
     sorted: bool = True,
     mark_hidden: bool = False,
+    q_segment: Tensor | None = None,
+    k_segment: Tensor | None = None,
+    k_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    visibility = Visibility(window_start, window_end, key_valid, mask)
-    check_arguments(q, k, weights, k_scale=k_scale, **visibility._asdict())
+    visibility = Visibility(window_start, window_end, key_valid, mask, q_segment, k_segment)
+    check_arguments(q, k, weights, k_scale=k_scale, k_weight=k_weight, **visibility._asdict())
     if isinstance(topk, int):
         resolve_budget(topk, block_size, block_topk)
     tokens = k.shape[1]
@@ -113,16 +121,19 @@ def indexer_topk(
     k_scale: Tensor | None = None,
     sorted: bool = True,
     mark_hidden: bool = False,
+    q_segment: Tensor | None = None,
+    k_segment: Tensor | None = None,
+    k_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Select the ``topk`` best tokens of each query by the hierarchical indexer (HISA, arXiv 2603.28458).
 
     The score of token s for query t is DSA's (arXiv 2512.02556), accumulated in float32::
 
-        I[b,t,s] = sum_h weights[b,t,h] * ReLU(q[b,t,h] . (k_scale[b,s] * k[b,s]))
+        I[b,t,s] = k_weight[b,s] * sum_h weights[b,t,h] * ReLU(q[b,t,h] . (k_scale[b,s] * k[b,s]))
 
     and is computed only for tokens in the ``block_topk`` best blocks of ``block_size`` tokens, blocks being
-    ranked by the same formula on the mean of their valid keys.  The first and the last block that hold a
-    visible token are always kept.  Where all such blocks fit, the result is the exact top-k.
+    ranked by the same sum on the mean of |k_weight| * k_scale * k over their valid keys.  The first and the last
+    block that hold a visible token are always kept.  Where all such blocks fit, the result is the exact top-k.
 
     Args:
         q: [B, S, H, D] float32, float16, bfloat16 or float8_e4m3fn.  Any strides.
@@ -138,6 +149,10 @@ def indexer_topk(
         k_scale: float32 [B, T], multiplies the key (dequantisation of float8 keys).
         sorted: by descending score, equal scores by ascending position; otherwise in any order.
         mark_hidden: return -1 instead of the position of a token that is not visible.
+        q_segment, k_segment: int32 or int64, of one dtype, both or neither: broadcastable to [B, S], and [B, T].
+            Token s is visible where k_segment[b,s] == q_segment[b,t]: packed sequences, chunks, any classes.  Ids
+            may have any values in any order.
+        k_weight: float32 [B, T] of any sign, multiplies the token's score (dequantisation after the ReLU).
 
     Returns:
         ``indices`` int32 [B, S, k'] and ``scores`` float32 [B, S, k'], both contiguous.  The indices of a
@@ -147,8 +162,9 @@ def indexer_topk(
         ``scores`` is an error.
 
     Raises:
-        ValueError: a shape or device does not fit, a budget parameter is out of range, or
-            ``block_size * block_topk < topk``; the message names the argument, what it got and expected.
+        ValueError: a shape or device does not fit, one of q_segment and k_segment is missing, a budget
+            parameter is out of range, or ``block_size * block_topk < topk``; the message names the argument,
+            what it got and expected.
         TypeError: a dtype does not fit, likewise.
     """
     result: tuple[Tensor, Tensor] = torch.ops.hisa.indexer_topk.default(
@@ -165,5 +181,8 @@ def indexer_topk(
         k_scale=k_scale,
         sorted=sorted,
         mark_hidden=mark_hidden,
+        q_segment=q_segment,
+        k_segment=k_segment,
+        k_weight=k_weight,
     )
     return result

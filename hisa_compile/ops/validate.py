@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SEGMENT_DTYPES = (torch.int32, torch.int64)
 LARGEST_LENGTH = 2**31 - 1
 
 
@@ -53,12 +54,16 @@ def check_arguments(
     window_end: Tensor | None,
     key_valid: Tensor | None,
     mask: Tensor | None,
+    q_segment: Tensor | None,
+    k_segment: Tensor | None,
     k_scale: Tensor | None,
+    k_weight: Tensor | None,
 ) -> None:
     """Check shapes, dtypes and devices of ``hisa::indexer_topk``'s tensors (see its docstring).
 
     Raises:
-        ValueError: a shape or a device does not fit; names the argument, what it got and what it needs.
+        ValueError: a shape or a device does not fit, or one of q_segment and k_segment is missing; names the
+            argument, what it got and what it needs.
         TypeError: a dtype does not fit, likewise.
     """
     torch._check_value(q.dim() == 4, lambda: f"q: got shape {_shape(q)}, expected [B, S, H, D]")
@@ -83,9 +88,22 @@ def check_arguments(
     if mask is not None:
         _check_dtype("mask", mask, (torch.bool,))
         _check_broadcasts("mask", mask, "[B, S, T]", (batch, queries, tokens))
-    if k_scale is not None:
-        _check_dtype("k_scale", k_scale, (torch.float32,))
-        _check_dims("k_scale", k_scale, "[B, T]", (batch, tokens))
+    if q_segment is not None and k_segment is not None:
+        _check_dtype("q_segment", q_segment, SEGMENT_DTYPES)
+        _check_broadcasts("q_segment", q_segment, "[B, S]", (batch, queries))
+        _check_dtype("k_segment", k_segment, (q_segment.dtype,))
+        _check_dims("k_segment", k_segment, "[B, T]", (batch, tokens))
+    elif q_segment is not None:
+        raise ValueError(f"k_segment: got None, expected [B, T] = [{batch}, {tokens}], since q_segment is given")
+    elif k_segment is not None:
+        raise ValueError(
+            "q_segment: got None, expected one that broadcasts to "
+            f"[B, S] = [{batch}, {queries}], since k_segment is given"
+        )
+    for name, factor in (("k_scale", k_scale), ("k_weight", k_weight)):
+        if factor is not None:
+            _check_dtype(name, factor, (torch.float32,))
+            _check_dims(name, factor, "[B, T]", (batch, tokens))
     given = {
         "k": k,
         "weights": weights,
@@ -93,7 +111,10 @@ def check_arguments(
         "window_end": window_end,
         "key_valid": key_valid,
         "mask": mask,
+        "q_segment": q_segment,
+        "k_segment": k_segment,
         "k_scale": k_scale,
+        "k_weight": k_weight,
     }
     for name, x in given.items():
         if x is not None:

@@ -10,23 +10,27 @@ import triton
 import triton.language as tl
 
 from .keys import pack, rank_key, unpack
+from .operands import load_factor
 from .score import load_query, load_weights, tile_scores
-from .visible import row_coordinates, row_window, visible_tokens
+from .visible import row_coordinates, row_segment, row_window, visible_tokens
 
 
 @triton.jit(
     do_not_specialize=["first_row", "S", "T", "M", "block_topk", "K"],
-    do_not_specialize_on_alignment=["w_ptr", "scale_ptr"],
+    do_not_specialize_on_alignment=["w_ptr", "scale_ptr", "k_weight_ptr"],
 )
 def fill_kernel(
     q_ptr, q_sb, q_ss, q_sh, q_sd,
     k_ptr, k_sb, k_st, k_sd,
     w_ptr, w_sb, w_ss, w_sh,
     scale_ptr, scale_sb, scale_st,
+    k_weight_ptr, k_weight_sb, k_weight_st,
     start_ptr, start_sb, start_ss,
     end_ptr, end_sb, end_ss,
     valid_ptr, valid_sb, valid_st,
     mask_ptr, mask_sb, mask_ss, mask_st,
+    q_segment_ptr, q_segment_sb, q_segment_ss,
+    k_segment_ptr, k_segment_sb, k_segment_st,
     kept_count_ptr, kept_flag_ptr, selected_count_ptr,
     indices_ptr, keys_ptr,
     first_row, S, T, M, block_topk, K,
@@ -49,6 +53,9 @@ def fill_kernel(
             valid_ptr += batch * valid_sb
         if mask_ptr is not None:
             mask_ptr += batch * mask_sb + query_index * mask_ss
+        segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query_index)
+        if k_segment_ptr is not None:
+            k_segment_ptr += batch * k_segment_sb
 
         if kept_flag_ptr is not None:
             # Every visible candidate is selected already.  With fewer kept blocks than block_topk every eligible
@@ -63,17 +70,18 @@ def fill_kernel(
                 weights = load_weights(w_ptr + batch * w_sb + query_index * w_ss, w_sh, H, PADDED_H)
                 while (token_base < end) & (have < K):
                     token = token_base + tl.arange(0, TILE)
-                    outside = visible_tokens(token, start, end, valid_ptr, valid_st, mask_ptr, mask_st)
+                    outside = visible_tokens(
+                        token, start, end, valid_ptr, valid_st, mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
+                    )
                     column = token // BLOCK_SIZE - start // BLOCK_SIZE
                     flag = tl.load(kept_flag_ptr + row.to(tl.int64) * M + column, mask=outside, other=1)
                     outside = outside & (flag == 0)
                     found = tl.sum(outside.to(tl.int32), axis=0)
                     if found > 0:
-                        scale = None
-                        if scale_ptr is not None:
-                            scale = tl.load(scale_ptr + batch * scale_sb + token * scale_st, mask=outside, other=0.0)
+                        scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, outside)
+                        factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, outside)
                         scores = tile_scores(
-                            query, weights, q_ptr, q_sh, q_sd, k_ptr + token * k_st, k_sd, scale, outside,
+                            query, weights, q_ptr, q_sh, q_sd, k_ptr + token * k_st, k_sd, scale, factor, outside,
                             H, D, PADDED_H, TILE_D, FP8, FP8, WIDEN,
                         )  # fmt: skip
                         slot = have + tl.cumsum(outside.to(tl.int32), axis=0) - 1
@@ -87,7 +95,9 @@ def fill_kernel(
         hidden_base = start * 0
         while (hidden_base < T) & (have < K):
             token = hidden_base + tl.arange(0, SCAN)
-            visible = visible_tokens(token, start, end, valid_ptr, valid_st, mask_ptr, mask_st)
+            visible = visible_tokens(
+                token, start, end, valid_ptr, valid_st, mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
+            )
             hidden = (token < T) & (visible == 0)
             slot = have + tl.cumsum(hidden.to(tl.int32), axis=0) - 1
             wanted = hidden & (slot < K)

@@ -27,7 +27,7 @@ from .score import coarse_kernel, refine_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
 
 # Everything the operator allocates besides its outputs stays below this, but for what is linear in the keys (block
-# means, the last-valid table) and the least a single row needs.
+# means, the last-valid table, the bounds of blocks' segments) and the least a single row needs.
 WORKSPACE_BYTES = 48 * 2**20
 # Entries that one program sorts; longer rows are sorted in tiles of this size and merged.
 SORT_TILE = 4096
@@ -92,6 +92,7 @@ def indexer_topk_triton(
     budget: Budget,
     visibility: Visibility,
     k_scale: Tensor | None,
+    k_weight: Tensor | None,
     sorted: bool,
     mark_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -110,7 +111,7 @@ def indexer_topk_triton(
     if indices.numel() == 0:
         return indices, scores
     with torch.cuda.device_of(q):
-        _run(q, k, weights, budget, visibility, k_scale, sorted, mark_hidden, indices, scores)
+        _run(q, k, weights, budget, visibility, k_scale, k_weight, sorted, mark_hidden, indices, scores)
     return indices, scores
 
 
@@ -121,6 +122,7 @@ def _run(
     budget: Budget,
     visibility: Visibility,
     k_scale: Tensor | None,
+    k_weight: Tensor | None,
     sorted: bool,
     mark_hidden: bool,
     indices: Tensor,
@@ -141,7 +143,10 @@ def _run(
     )
     valid = _strided("valid", visibility.key_valid, "bt")
     mask = _strided("mask", expanded(visibility.mask, batch, queries, tokens), "bst")
-    keys = _strided("k", k, "btd") | _strided("scale", k_scale, "bt")
+    q_segment = _strided("q_segment", expanded(visibility.q_segment, batch, queries), "bs")
+    k_segment = _strided("k_segment", visibility.k_segment, "bt")
+    seen = window | valid | mask | q_segment | k_segment
+    keys = _strided("k", k, "btd") | _strided("scale", k_scale, "bt") | _strided("k_weight", k_weight, "bt")
     query = _strided("q", q, "bshd") | _strided("w", weights, "bsh")
     sizes = {"S": queries, "T": tokens}
     fp8 = fp8_mode(q)
@@ -157,19 +162,24 @@ def _run(
         "WIDEN": triton.knobs.runtime.interpret,
     }
 
-    means = last_valid = None
+    means = last_valid = low = high = None
     if prune:
         means = torch.empty((batch, blocks, dim), dtype=pooled_dtype(k.dtype), device=device)
         if visibility.key_valid is not None:
             last_valid = torch.empty((batch, tokens), dtype=torch.int32, device=device)
+        if visibility.k_segment is not None:
+            low, high = (torch.empty((batch, blocks), dtype=torch.int64, device=device) for _ in range(2))
         launch(
             pool_kernel,
             batch * blocks,
             4,
             **keys,
             **valid,
+            **k_segment,
             means_ptr=means,
             last_valid_ptr=last_valid,
+            low_ptr=low,
+            high_ptr=high,
             T=tokens,
             M=blocks,
             D=dim,
@@ -211,13 +221,13 @@ def _run(
                 here * groups,
                 tiles.num_warps,
                 **query,
-                **window,
-                **valid,
-                **mask,
+                **seen,
                 **common,
                 **score_shape,
                 means_ptr=means,
                 last_valid_ptr=last_valid,
+                low_ptr=low,
+                high_ptr=high,
                 block_keys_ptr=block_keys,
                 groups=groups,
                 M=blocks,
@@ -245,9 +255,7 @@ def _run(
             tiles.num_warps,
             **query,
             **keys,
-            **window,
-            **valid,
-            **mask,
+            **seen,
             **common,
             **score_shape,
             kept_ptr=kept,
@@ -282,9 +290,7 @@ def _run(
             tiles.num_warps,
             **query,
             **keys,
-            **window,
-            **valid,
-            **mask,
+            **seen,
             **common,
             **score_shape,
             kept_count_ptr=kept_count,

@@ -39,6 +39,15 @@ def load_operand(pointer, mask, FP8: tl.constexpr):
 
 
 @triton.jit
+def load_factor(pointer, stride_batch, stride_token, batch, token, wanted):
+    """A float32 factor of each token's key or score, 0 where not ``wanted``; None where there is no such tensor."""
+    factor = None
+    if pointer is not None:
+        factor = tl.load(pointer + batch * stride_batch + token * stride_token, mask=wanted, other=0.0)
+    return factor
+
+
+@triton.jit
 def dot(a, b, accumulator, WIDEN: tl.constexpr):
     """``a @ b + accumulator`` in float32, never as tf32.
 

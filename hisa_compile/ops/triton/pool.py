@@ -1,11 +1,11 @@
-"""Block representatives: the mean of each block's valid keys, and where its valid keys lie."""
+"""Block representatives: the mean of each block's valid keys, where its valid keys lie, and their segments' bounds."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .operands import load_operand
+from .operands import load_factor, load_operand
 
 
 @triton.jit
@@ -34,16 +34,20 @@ def _sum_rows(x):
 def pool_kernel(
     k_ptr, k_sb, k_st, k_sd,
     scale_ptr, scale_sb, scale_st,
+    k_weight_ptr, k_weight_sb, k_weight_st,
     valid_ptr, valid_sb, valid_st,
-    means_ptr, last_valid_ptr,
+    k_segment_ptr, k_segment_sb, k_segment_st,
+    means_ptr, last_valid_ptr, low_ptr, high_ptr,
     T, M,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED_D: tl.constexpr, TILE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """One program a block, grid (B * M).
 
-    means_ptr [B, M, D] gets the mean over the valid keys times k_scale, accumulated in float32, rounded once to
-    the buffer's dtype; 0 for a block with no valid key.  last_valid_ptr int32 [B, T] gets, where key_valid is
-    given, the last valid position of the token's block that is not after the token, or -1.
+    means_ptr [B, M, D] gets the mean over the valid keys times |k_weight| * k_scale, accumulated in float32, rounded
+    once to the buffer's dtype; 0 for a block with no valid key.  last_valid_ptr int32 [B, T] gets, where key_valid is
+    given, the last valid position of the token's block that is not after the token, or -1.  low_ptr and high_ptr
+    int64 [B, M] get, where segments are given, the least and the greatest segment of the block's valid keys; the
+    least is above the greatest where it has none.
     """
     block = tl.program_id(0).to(tl.int64)
     batch = block // M
@@ -52,6 +56,8 @@ def pool_kernel(
     totals = tl.zeros([TILE, PADDED_D], tl.float32)
     count = 0.0
     last = -1
+    low = first * 0 + 9223372036854775807
+    high = -1 - low
     for offset in range(0, BLOCK_SIZE, TILE):
         inside = offset + tl.arange(0, TILE)
         token = first + inside
@@ -63,14 +69,28 @@ def pool_kernel(
             seen = tl.maximum(seen, last)
             tl.store(last_valid_ptr + batch * T + token, seen, mask=exists)
             last = tl.max(seen, axis=0)
+        if k_segment_ptr is not None:
+            segment = tl.load(k_segment_ptr + batch * k_segment_sb + token * k_segment_st, mask=valid, other=0)
+            segment = segment.to(tl.int64)
+            low = tl.minimum(low, tl.min(tl.where(valid, segment, 9223372036854775807), axis=0))
+            high = tl.maximum(high, tl.max(tl.where(valid, segment, -9223372036854775807 - 1), axis=0))
         # A key that is not valid is never read: a NaN in it cannot reach the mean.
         wanted = valid[:, None] & (d < D)[None, :]
         keys = load_operand(k_ptr + batch * k_sb + token[:, None] * k_st + d[None, :] * k_sd, wanted, FP8)
         keys = keys.to(tl.float32)
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr + batch * scale_sb + token * scale_st, mask=valid, other=0.0)
+        scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, valid)
+        if k_weight_ptr is not None:
+            magnitude = tl.abs(load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, valid))
+            if scale_ptr is not None:
+                keys = keys * (scale * magnitude)[:, None]
+            else:
+                keys = keys * magnitude[:, None]
+        elif scale_ptr is not None:
             keys = keys * scale[:, None]
         totals += keys
         count += tl.sum(valid.to(tl.float32), axis=0)
     mean = tl.div_rn(_sum_rows(totals), tl.zeros([PADDED_D], tl.float32) + tl.maximum(count, 1.0))
+    if k_segment_ptr is not None:
+        tl.store(low_ptr + block, low)
+        tl.store(high_ptr + block, high)
     tl.store(means_ptr + block * D + d, mean.to(means_ptr.dtype.element_ty), mask=d < D)

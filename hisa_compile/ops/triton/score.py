@@ -1,9 +1,9 @@
 """The two scoring stages: block representatives (coarse) and the tokens of kept blocks (refine).
 
-Both compute I = sum_h w[h] * ReLU(scale * (q[h] . x)) for a tile of vectors x at a time, with the vectors as rows
-of the product so that a row's result depends on nothing but its own vector.  Tile shapes depend on H, D and the
+Both compute I = factor * sum_h w[h] * ReLU(scale * (q[h] . x)) for a tile of vectors x at a time, with the vectors as
+rows of the product so that a row's result depends on nothing but its own vector.  Tile shapes depend on H, D and the
 dtype only: the bits of a score are the same for every batch position and every slicing of the queries.  Loads whose
-layout could reach the sum over heads (weights, k_scale) are not specialised on alignment for the same reason.
+layout could reach the sum over heads (weights, k_scale, k_weight) are not specialised on alignment for the same reason.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from .keys import HIDDEN_KEY, rank_key
-from .operands import dot, load_operand
-from .visible import eligible_blocks, row_coordinates, row_window, visible_tokens
+from .operands import dot, load_factor, load_operand
+from .visible import eligible_blocks, row_coordinates, row_segment, row_window, visible_tokens
 
 
 @triton.jit
@@ -35,14 +35,14 @@ def load_weights(w_ptr, w_sh, H: tl.constexpr, PADDED_H: tl.constexpr):
 
 @triton.jit
 def tile_scores(
-    query, weights, q_ptr, q_sh, q_sd, x_ptr, x_sd, scale, wanted,
+    query, weights, q_ptr, q_sh, q_sd, x_ptr, x_sd, scale, factor, wanted,
     H: tl.constexpr, D: tl.constexpr, PADDED_H: tl.constexpr, TILE_D: tl.constexpr,
     Q_FP8: tl.constexpr, X_FP8: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Scores float32 [TILE] of the vectors at ``x_ptr`` ([TILE] pointers), those not ``wanted`` unread.
 
     ``query`` is the whole q where D fits one TILE_D, else its first part, and the others are loaded here.
-    ``scale`` float32 [TILE] or None.
+    ``scale``, which multiplies the vector, and ``factor``, which multiplies its score: float32 [TILE] or None.
     """
     TILE: tl.constexpr = x_ptr.shape[0]
     products = tl.zeros([TILE, PADDED_H], tl.float32)
@@ -63,7 +63,10 @@ def tile_scores(
     # Padded heads would turn an infinite key into 0 * inf.
     if PADDED_H != H:
         products = tl.where((tl.arange(0, PADDED_H) < H)[None, :], products, 0.0)
-    return tl.sum(products, axis=1)
+    scores = tl.sum(products, axis=1)
+    if factor is not None:
+        scores = scores * factor
+    return scores
 
 
 @triton.jit(do_not_specialize=["first_row", "groups", "S", "T", "M"], do_not_specialize_on_alignment=["w_ptr"])
@@ -74,7 +77,9 @@ def coarse_kernel(
     end_ptr, end_sb, end_ss,
     valid_ptr, valid_sb, valid_st,
     mask_ptr, mask_sb, mask_ss, mask_st,
-    means_ptr, last_valid_ptr, block_keys_ptr,
+    q_segment_ptr, q_segment_sb, q_segment_ss,
+    k_segment_ptr, k_segment_sb, k_segment_st,
+    means_ptr, last_valid_ptr, low_ptr, high_ptr, block_keys_ptr,
     first_row, groups, S, T, M,
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
@@ -99,16 +104,22 @@ def coarse_kernel(
             last_valid_ptr += batch * T
         if mask_ptr is not None:
             mask_ptr += batch * mask_sb + query_index * mask_ss
+        segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query_index)
+        if k_segment_ptr is not None:
+            k_segment_ptr += batch * k_segment_sb
+            low_ptr += batch * M
+            high_ptr += batch * M
         query = load_query(q_ptr, q_sh, q_sd, 0, H, D, PADDED_H, TILE_D, FP8)
         weights = load_weights(w_ptr + batch * w_sb + query_index * w_ss, w_sh, H, PADDED_H)
         for base in range(first_column, tl.minimum(count, first_column + TILE * TILES), TILE):
             column = base + tl.arange(0, TILE)
             block = first_block + column
             eligible = eligible_blocks(
-                block, start, end, valid_ptr, valid_st, last_valid_ptr, mask_ptr, mask_st, BLOCK_SIZE
-            )
+                block, start, end, T, valid_ptr, valid_st, last_valid_ptr, mask_ptr, mask_st,
+                k_segment_ptr, k_segment_st, low_ptr, high_ptr, segment, BLOCK_SIZE,
+            )  # fmt: skip
             scores = tile_scores(
-                query, weights, q_ptr, q_sh, q_sd, means_ptr + (batch * M + block) * D, 1, None, eligible,
+                query, weights, q_ptr, q_sh, q_sd, means_ptr + (batch * M + block) * D, 1, None, None, eligible,
                 H, D, PADDED_H, TILE_D, FP8, 0, WIDEN,
             )  # fmt: skip
             key = tl.where(eligible, rank_key(scores), HIDDEN_KEY)
@@ -117,17 +128,20 @@ def coarse_kernel(
 
 @triton.jit(
     do_not_specialize=["first_row", "groups", "S", "T", "columns", "block_topk"],
-    do_not_specialize_on_alignment=["w_ptr", "scale_ptr"],
+    do_not_specialize_on_alignment=["w_ptr", "scale_ptr", "k_weight_ptr"],
 )
 def refine_kernel(
     q_ptr, q_sb, q_ss, q_sh, q_sd,
     k_ptr, k_sb, k_st, k_sd,
     w_ptr, w_sb, w_ss, w_sh,
     scale_ptr, scale_sb, scale_st,
+    k_weight_ptr, k_weight_sb, k_weight_st,
     start_ptr, start_sb, start_ss,
     end_ptr, end_sb, end_ss,
     valid_ptr, valid_sb, valid_st,
     mask_ptr, mask_sb, mask_ss, mask_st,
+    q_segment_ptr, q_segment_sb, q_segment_ss,
+    k_segment_ptr, k_segment_sb, k_segment_st,
     kept_ptr, kept_count_ptr, token_keys_ptr,
     first_row, groups, S, T, columns, block_topk,
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -157,6 +171,9 @@ def refine_kernel(
             valid_ptr += batch * valid_sb
         if mask_ptr is not None:
             mask_ptr += batch * mask_sb + query_index * mask_ss
+        segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query_index)
+        if k_segment_ptr is not None:
+            k_segment_ptr += batch * k_segment_sb
         query = load_query(q_ptr, q_sh, q_sd, 0, H, D, PADDED_H, TILE_D, FP8)
         weights = load_weights(w_ptr + batch * w_sb + query_index * w_ss, w_sh, H, PADDED_H)
         for base in range(first_column, tl.minimum(count, first_column + TILE * TILES), TILE):
@@ -167,12 +184,14 @@ def refine_kernel(
                 token = block.to(tl.int64) * BLOCK_SIZE + column % BLOCK_SIZE
             else:
                 token = start + column
-            visible = visible_tokens(token, start, end, valid_ptr, valid_st, mask_ptr, mask_st) & (column < count)
-            scale = None
-            if scale_ptr is not None:
-                scale = tl.load(scale_ptr + batch * scale_sb + token * scale_st, mask=visible, other=0.0)
+            visible = visible_tokens(
+                token, start, end, valid_ptr, valid_st, mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
+            )
+            visible = visible & (column < count)
+            scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, visible)
+            factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, visible)
             scores = tile_scores(
-                query, weights, q_ptr, q_sh, q_sd, k_ptr + token * k_st, k_sd, scale, visible,
+                query, weights, q_ptr, q_sh, q_sd, k_ptr + token * k_st, k_sd, scale, factor, visible,
                 H, D, PADDED_H, TILE_D, FP8, FP8, WIDEN,
             )  # fmt: skip
             key = tl.where(visible, rank_key(scores), HIDDEN_KEY)
