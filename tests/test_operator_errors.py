@@ -57,6 +57,39 @@ WRONG_TENSORS: dict[str, tuple[type[Exception], dict[str, Any], tuple[str, ...]]
     "mask too short": (ValueError, {"mask": true(B, S, T - 1)}, ("mask:", "[2, 3, 39]", "[2, 3, 40]")),
     "mask of 4 dims": (ValueError, {"mask": true(B, 1, S, T)}, ("mask:", "[2, 1, 3, 40]", "[2, 3, 40]")),
     "k_scale of float16": (TypeError, {"k_scale": torch.ones(B, T, dtype=half)}, ("k_scale:", "float16", "float32")),
+    "k_weight of float64": (TypeError, {"k_weight": torch.ones(B, T, dtype=wide)}, ("k_weight:", "float64", "float32")),
+    "k_weight to broadcast": (ValueError, {"k_weight": torch.ones(1, T)}, ("k_weight:", "[1, 40]", "[2, 40]")),
+    "q_segment alone": (
+        ValueError,
+        {"q_segment": int32(B, S)},
+        ("k_segment:", "None", "[B, T] = [2, 40]", "q_segment"),
+    ),
+    "k_segment alone": (ValueError, {"k_segment": int32(B, T)}, ("q_segment:", "None", "[B, S] = [2, 3]", "k_segment")),
+    "q_segment of int16": (
+        TypeError,
+        {"q_segment": int32(S).short(), "k_segment": int32(B, T).short()},
+        ("q_segment:", "int16", "int32 or torch.int64"),
+    ),
+    "k_segment unlike q_segment": (
+        TypeError,
+        {"q_segment": int32(S), "k_segment": int32(B, T).long()},
+        ("k_segment:", "int64", "expected torch.int32"),
+    ),
+    "q_segment too long": (
+        ValueError,
+        {"q_segment": int32(B, S + 1), "k_segment": int32(B, T)},
+        ("q_segment:", "[2, 4]", "[2, 3]"),
+    ),
+    "k_segment without batch": (
+        ValueError,
+        {"q_segment": int32(S), "k_segment": int32(T)},
+        ("k_segment:", "[40]", "[2, 40]"),
+    ),
+    "k_segment to broadcast": (
+        ValueError,
+        {"q_segment": int32(S), "k_segment": int32(1, T)},
+        ("k_segment:", "[1, 40]", "[2, 40]"),
+    ),
     "k_scale of 3 dims": (ValueError, {"k_scale": torch.ones(B, T, 1)}, ("k_scale:", "[2, 40, 1]", "[2, 40]")),
 }
 WRONG_BUDGETS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -103,11 +136,15 @@ def test_an_impossible_budget_is_named_with_what_was_needed(
     assert_says(error, parts)
 
 
-@pytest.mark.parametrize("name", ["k", "weights", "window_start", "window_end", "key_valid", "mask", "k_scale"])
+OTHER_TENSORS = ("window_start", "window_end", "key_valid", "mask", "k_scale", "q_segment", "k_segment", "k_weight")
+
+
+@pytest.mark.parametrize("name", ["k", "weights", *OTHER_TENSORS])
 def test_an_argument_on_another_device_is_named(name: str) -> None:
     """Everything lives where q lives; here the meta device stands for another one."""
     optional = {"window_start": int32(S), "window_end": int32(S), "key_valid": true(B, T), "mask": true(T)}
-    call = arguments(**optional, k_scale=torch.ones(B, T))
+    segments = {"q_segment": int32(S), "k_segment": int32(B, T)}
+    call = arguments(**optional, **segments, k_scale=torch.ones(B, T), k_weight=torch.ones(B, T))
     call[name] = call[name].to("meta")
     with pytest.raises(ValueError, match=rf"{name}: got device meta, expected q's device cpu"):
         indexer_topk(**call)
@@ -138,6 +175,9 @@ def test_broadcast_shapes_that_fit_are_no_errors() -> None:
     for shape in ((), (1,), (S,), (B, 1), (1, S), (B, S)):
         end = torch.randint(0, T + 1, shape, dtype=torch.int32)
         check({"window_end": end}, {"window_end": end.expand(B, S).contiguous()})
+        own, other = torch.randint(0, 3, shape), torch.randint(0, 3, (B, T))
+        full = {"q_segment": own.expand(B, S).contiguous(), "k_segment": other}
+        check({"q_segment": own, "k_segment": other}, full)
     for shape in ((), (1,), (T,), (S, 1), (S, T), (B, 1, 1), (1, 1, T), (B, S, T)):
         mask = torch.rand(shape) < 0.5
         check({"mask": mask}, {"mask": mask.expand(B, S, T).contiguous()})

@@ -41,6 +41,9 @@ def every_option() -> dict[str, Any]:
         "k_scale": torch.rand(2, 40, generator=generator),
         "sorted": False,
         "mark_hidden": True,
+        "q_segment": torch.tensor([[0], [1]]),
+        "k_segment": torch.randint(0, 2, (2, 40), generator=generator),
+        "k_weight": torch.randn(2, 40, generator=generator),
     }
 
 
@@ -49,6 +52,12 @@ SAMPLES = {
     **{f"layout {layout}": sample(layout=layout) for layout in LAYOUTS[1:]},
     "every option": sample(**every_option()),
     "float8 with every option": sample(FLOAT8, layout="strided", **every_option()),
+    "segments": sample(q_segment=torch.arange(3).int(), k_segment=torch.arange(80).view(2, 40).int() % 3),
+    "expanded segments": sample(q_segment=torch.tensor(4), k_segment=torch.arange(40)[None].expand(2, 40) // 9),
+    "weighted keys": sample(k_weight=torch.arange(-40.0, 40.0).view(2, 40)),
+    "no token in segments": sample(
+        shape=(2, 3, 0, 2, 8), q_segment=torch.arange(3), k_segment=torch.zeros(2, 0).long(), k_weight=torch.zeros(2, 0)
+    ),
     "derived budget": Call(*sample()[:3], 5, {}),
     "no batch": sample(shape=(0, 3, 40, 2, 8)),
     "no query": sample(shape=(2, 0, 40, 2, 8)),
@@ -118,6 +127,35 @@ def test_an_exported_program_runs_at_other_lengths() -> None:
         assert_equal(program.module()(*inputs), Module()(*inputs))
 
 
+class SegmentModule(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, weights: Tensor, ids: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        return indexer_topk(
+            q, k, weights, 8, q_segment=ids[:, -3:], k_segment=ids, k_weight=factor, block_size=4, block_topk=4
+        )
+
+
+def segment_inputs(tokens: int) -> tuple[Tensor, ...]:
+    q, k, weights, _ = causal_inputs(tokens)
+    return q, k, weights, torch.arange(2 * tokens).view(2, tokens) // 6 % 5, k.sum(-1)
+
+
+def test_segments_and_weights_export_and_compile_at_any_length() -> None:
+    """T symbolic without a guard on it, in an exported program and in one compiled graph."""
+    length = torch.export.Dim("tokens", min=16)
+    shapes = ({}, {1: length}, {}, {1: length}, {1: length})
+    program = torch.export.export(SegmentModule(), segment_inputs(40), dynamic_shapes=shapes).module()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(SegmentModule(), backend=counter, fullgraph=True)
+    for tokens in (16, 40, 77):
+        inputs = segment_inputs(tokens)
+        expected = SegmentModule()(*inputs)
+        assert_equal(program(*inputs), expected)
+        for x in (inputs[1], *inputs[3:]):
+            torch._dynamo.mark_dynamic(x, 1)
+        assert_equal(compiled(*inputs), expected)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_grad_modes_do_not_change_the_result(context: Callable[[], Any]) -> None:
     """inference_mode, no_grad and grad mode, the last with inputs that require grad."""
@@ -138,6 +176,14 @@ def test_a_gradient_through_scores_is_refused_with_advice() -> None:
     q = inputs[0].requires_grad_()
     with pytest.raises(NotImplementedError, match=r"gradient.*scores.*[Dd]etach"):
         Module()(q, *inputs[1:])[1].sum().backward()
+
+
+def test_a_gradient_of_a_keys_weight_is_refused_too() -> None:
+    """k_weight multiplies the scores, which carry no gradient."""
+    inputs = segment_inputs(40)
+    weight = inputs[4].requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"gradient.*scores"):
+        SegmentModule()(*inputs[:4], weight)[1].sum().backward()
 
 
 def test_a_compiled_training_graph_refuses_the_gradient_when_it_is_compiled() -> None:
