@@ -120,15 +120,16 @@ def exact_case(
     block_topk: int = 3,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    weighted: bool = False,
 ) -> Case:
-    """q, k and weights for which every sum, in any order, is exact.
+    """q, k and weights for which every sum, in any order, is exact, also with a k_weight if ``weighted``.
 
     A mean is rounded to the keys' dtype (float8: bfloat16) and then is exact too, but for float32, and for bfloat16
-    under the interpreter, which truncates instead of rounding, and for many heads, whose sum would need more than
-    24 bits: there keys are multiples of all possible counts.
+    under the interpreter, which truncates instead of rounding, and for many heads or weighted keys, whose sum would
+    need more than 24 bits: there keys are multiples of all possible counts.
     """
     g = torch.Generator().manual_seed(seed)
-    rounds = heads < 8 and (dtype == torch.float16 or (ON_GPU and dtype != torch.float32))
+    rounds = heads < 8 and not weighted and (dtype == torch.float16 or (ON_GPU and dtype != torch.float32))
     multiple = 1 if rounds else math.lcm(*range(1, block_size + 1))
     return {
         "q": integers(g, -2, 2, batch, queries, heads, dim).to(dtype).to(DEVICE),
@@ -156,10 +157,31 @@ def random_bool(shape: tuple[int, ...], density: float, seed: int = 0) -> Tensor
     return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density).to(DEVICE)
 
 
+def random_segments(
+    kind: str, dtype: torch.dtype, q_shape: tuple[int, ...], batch: int, tokens: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """q_segment and k_segment.
+
+    packed: ascending runs; runs: of few ids in any order; mixed: an id for each token, so blocks hold many.  But for
+    packed ids are both ends of the dtype's range and, in int64, ids that agree in their low 32 bits.
+    """
+    g = torch.Generator().manual_seed(seed)
+    if kind == "packed":
+        k_segment = (torch.rand(batch, tokens, generator=g) < 0.15).long().cumsum(1)
+        q_segment = torch.randint(0, int(k_segment.max()) + 1, q_shape, generator=g)
+    else:
+        limits = torch.iinfo(dtype)
+        ids = torch.tensor([limits.min, limits.max, 5, -5] + [5 + 2**32, 5 - 2**32] * (dtype == torch.int64))
+        k_segment = ids[torch.randint(0, len(ids), (batch, tokens), generator=g)]
+        k_segment = k_segment[:, torch.arange(tokens) // (5 if kind == "runs" else 1)]
+        q_segment = ids[torch.randint(0, len(ids), q_shape, generator=g)]
+    return {"q_segment": q_segment.to(dtype).to(DEVICE), "k_segment": k_segment.to(dtype).to(DEVICE)}
+
+
 def strided(x: Tensor) -> Tensor:
     """The same values with no dimension of stride 1, and a storage offset."""
     wide = torch.zeros(tuple(2 * s + 1 for s in x.shape), dtype=torch.uint8, device=x.device)
-    wide = wide.to(torch.float32).to(x.dtype)
+    wide = wide.to(torch.float32).to(x.dtype) if x.is_floating_point() else wide.to(x.dtype)
     view = wide[tuple(slice(1, None, 2) for _ in x.shape)]
     view.copy_(x)
     return view
@@ -192,6 +214,7 @@ def cases(draw: st.DrawFn) -> Case:
     tokens = draw(st.integers(1, 60))
     block_size, block_topk = draw(st.sampled_from([1, 3, 4, 6])), draw(st.integers(2, 6))
     dtype = draw(st.sampled_from(DTYPES))
+    weighted = draw(st.booleans())
     case = exact_case(
         batch,
         queries,
@@ -203,6 +226,7 @@ def cases(draw: st.DrawFn) -> Case:
         block_topk=block_topk,
         dtype=dtype,
         seed=draw(st.integers(0, 10**6)),
+        weighted=weighted,
     )
     g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     for name in ("window_start", "window_end"):
@@ -218,6 +242,14 @@ def cases(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):
         scales = torch.tensor([0.5, 1.0, 2.0, -1.0])
         case["k_scale"] = scales[torch.randint(0, 4, (batch, tokens), generator=g)].to(DEVICE)
+    if weighted:
+        factors = torch.tensor([-2.0, -0.5, 0.0, 1.0, 2.0])
+        case["k_weight"] = factors[torch.randint(0, 5, (batch, tokens), generator=g)].to(DEVICE)
+    kind = draw(st.sampled_from([None, "packed", "runs", "mixed"]))
+    if kind is not None:
+        shape = draw(st.sampled_from([(batch, queries), (batch, 1), (queries,), ()]))
+        ids = draw(st.sampled_from([torch.int32, torch.int64]))
+        case |= random_segments(kind, ids, shape, batch, tokens, seed=draw(st.integers(0, 10**6)))
     case["sorted"], case["mark_hidden"] = draw(st.booleans()), draw(st.booleans())
     if draw(st.booleans()):
         case |= {name: strided(x) for name, x in case.items() if isinstance(x, Tensor) and x.dim() > 1}
@@ -237,20 +269,33 @@ def test_equals_the_reference_bit_for_bit(case: Case, tiles: bool) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "mode"),
-    [(torch.float32, "windows"), (torch.float16, "mask"), (torch.bfloat16, "mask"), (FP8, "windows")],
+    [
+        (torch.float32, "windows"),
+        (torch.float16, "mask"),
+        (torch.bfloat16, "mask"),
+        (FP8, "windows"),
+        (torch.float16, "segments"),
+        (torch.bfloat16, "segments and mask"),
+    ],
 )
 def test_every_loop_runs_more_than_once(dtype: torch.dtype, mode: str) -> None:
     """Several tiles in the coarse filter, both selections, fill, sort and merge, and one row a chunk."""
-    case = exact_case(1, 2, 100, 3, 37, topk=45, block_size=3, block_topk=20, dtype=dtype)
+    weighted = mode.startswith("segments")
+    case = exact_case(1, 2, 100, 3, 37, topk=45, block_size=3, block_topk=20, dtype=dtype, weighted=weighted)
     case["key_valid"] = random_bool((1, 100), 0.8)
-    if mode == "windows":
+    if weighted:
+        # Three segments in every block, the queries in the one between the others, and in all but a few tokens.
+        near = torch.arange(100, device=DEVICE)[None] % 7 % 3
+        case |= {"k_segment": near, "q_segment": torch.tensor([1, 0], device=DEVICE)}
+        case["k_weight"] = torch.arange(100, device=DEVICE)[None] % 4 - 1.0
+    if mode in ("windows", "segments"):
         case["window_start"] = torch.tensor([[0, 5]], dtype=torch.int32, device=DEVICE)
         case["window_end"] = torch.tensor([[100, 98]], dtype=torch.int32, device=DEVICE)
     else:
         case["mask"] = random_bool((1, 2, 100), 0.6)
     with small_tiles():
         check(case)
-    if mode == "windows":
+    if mode in ("windows", "segments"):
         with small_tiles():
             check(case | {"block_topk": 34})
 
@@ -294,6 +339,62 @@ def test_hidden_nan_and_inf_change_nothing() -> None:
         poisoned = torch.where(hidden[:, None], value, case["k"])
         scale = torch.where(hidden, value, 1.0)[None]
         assert_equal(run(case, k=poisoned, k_scale=scale), expected)
+        assert_equal(run(case, k=poisoned, k_scale=scale, k_weight=scale), expected)
+    case |= {"q_segment": torch.tensor([0, 1], device=DEVICE), "k_segment": (position // 3 % 3)[None]}
+    case["k_weight"] = (position % 5 - 2.0)[None]
+    expected = run(case)
+    assert_equal(expected, reference.indexer_topk(**case))
+    for value in (math.nan, math.inf):
+        poisoned = torch.where(hidden[:, None], value, case["k"])
+        assert_equal(run(case, k=poisoned, k_weight=torch.where(hidden, value, case["k_weight"])), expected)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("packed", torch.int32), ("runs", torch.int64), ("mixed", torch.int64)])
+def test_eligible_blocks_are_those_that_hold_a_token_of_the_querys_segment(kind: str, dtype: torch.dtype) -> None:
+    """With keys all alike only eligibility decides which blocks are kept; windows that cut blocks, and holes."""
+    queries, tokens = (40, 230) if ON_GPU else (3, 43)
+    case = exact_case(2, queries, tokens, heads=1, dim=1, topk=8, block_size=6, block_topk=3)
+    case["q"], case["weights"] = torch.ones_like(case["q"]), torch.ones_like(case["weights"])
+    case["k"] = torch.ones_like(case["k"])
+    case |= random_segments(kind, dtype, (2, queries), 2, tokens, seed=3)
+    g = torch.Generator().manual_seed(4)
+    windows = {
+        "window_start": torch.randint(0, tokens // 2, (2, queries), generator=g).int().to(DEVICE),
+        "window_end": torch.randint(tokens // 2, tokens + 1, (2, queries), generator=g).int().to(DEVICE),
+    }
+    holes = {"key_valid": random_bool((2, tokens), 0.7, seed=5)}
+    for others in (windows, windows | holes, {"mask": random_bool((1, queries, tokens), 0.5)}):
+        check(case | others)
+
+
+def test_a_packed_call_gives_each_sequence_what_it_gets_alone() -> None:
+    """Sequences one after the other, causal: the bits of a call of their own where blocks begin with them."""
+    lengths = [96, 16, 48] if ON_GPU else [24, 8, 16]
+    total = sum(lengths)
+    case = gaussian_case(1, total, total, 3, 16, torch.float16, topk=6, block_size=4, block_topk=3)
+    if not ON_GPU:
+        # The interpreter takes its time: every third query.
+        case |= {name: case[name][:, ::3] for name in ("q", "weights")}
+    position = torch.arange(total, device=DEVICE)[:: 1 if ON_GPU else 3]
+    ids = torch.tensor([8, -1, 8 + 2**32]).repeat_interleave(torch.tensor(lengths)).to(DEVICE)
+    case["window_end"] = (position + 1).int()
+    indices, scores = run(case, q_segment=ids[position], k_segment=ids[None])
+    for start, length in zip((0, lengths[0], total - lengths[2]), lengths, strict=True):
+        rows = (position >= start) & (position < start + length)
+        alone = {name: case[name][:, rows] for name in ("q", "weights")}
+        alone |= {"k": case["k"][:, start : start + length], "window_end": case["window_end"][rows] - start}
+        expected = run(case | alone)
+        seen = ~expected[1].isneginf()
+        assert torch.equal(indices[:, rows][seen], expected[0][seen] + start)
+        assert_equal((indices, scores[:, rows]), (indices, expected[1]))
+
+
+def test_a_score_is_rounded_once_by_its_weight() -> None:
+    """The score without k_weight, times k_weight in float32, of either sign."""
+    case = gaussian_case(1, 3, 40, 5, 20, torch.float16, topk=40, block_size=4, block_topk=10)
+    plain = canonical(*run(case))[1]
+    k_weight = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    assert torch.equal(canonical(*run(case, k_weight=k_weight))[1], plain * k_weight[:, None])
 
 
 def test_visible_nan_and_inf_rank_as_in_the_reference() -> None:
@@ -337,6 +438,7 @@ def test_a_row_that_sees_nothing_is_filled_from_the_left() -> None:
         {"window_end": torch.tensor(-(2**31), dtype=torch.int32, device=DEVICE)},
         {"window_start": torch.tensor(2**31 - 1, dtype=torch.int32, device=DEVICE)},
         {"key_valid": random_bool((1, 37), 0.0)},
+        {"q_segment": torch.tensor(2, device=DEVICE), "k_segment": torch.arange(37, device=DEVICE)[None] % 3 * 2 + 1},
         {"mask": random_bool((37,), 0.0)},
     ):  # fmt: skip
         case = exact_case(1, 1) | hiding
@@ -371,9 +473,11 @@ def test_bits_depend_on_the_row_alone(dtype: torch.dtype) -> None:
     case = gaussian_case(*shape, dtype, topk=9, block_size=4, block_topk=5)
     case["key_valid"] = random_bool(shape[::2][:2], 0.8)
     case["k_scale"] = torch.rand(shape[0], shape[2], device=DEVICE) + 0.5
+    case["k_weight"] = torch.randn(shape[0], shape[2], device=DEVICE)
+    case |= random_segments("runs", torch.int64, shape[:2], shape[0], shape[2])
     case["window_end"] = torch.arange(shape[1], dtype=torch.int32, device=DEVICE)[None].expand(3, -1) + shape[2] // 2
     whole = run(case)
-    rows = {name: case[name] for name in ("q", "weights", "window_end")}
+    rows = {name: case[name] for name in ("q", "weights", "window_end", "q_segment")}
     for part in (slice(0, 1), slice(1, None)):
         got = run(case | {name: x[:, part] for name, x in rows.items()})
         assert_equal(got, (whole[0][:, part], whole[1][:, part]))
@@ -511,6 +615,25 @@ def test_peak_memory_at_a_real_size(dtype: torch.dtype) -> None:
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before - sum(x.numel() * 4 for x in outputs)
         assert extra < 64 * 2**20
+
+
+@gpu
+@pytest.mark.parametrize("weighted", [False, True])
+def test_packed_sequences_at_the_papers_sizes(weighted: bool) -> None:
+    """65536 tokens of 7 sequences, a sequence's last queries: what they get with windows instead of segments."""
+    case = real_case(torch.bfloat16)
+    starts = torch.tensor([0, 100, 9000, 9001, 30000, 30128, 60000, 65536], device=DEVICE)
+    ids = torch.tensor([3, 1, 7 + 2**32, 7, -2, 0, 5], device=DEVICE).repeat_interleave(starts.diff())
+    own = torch.randint(0, 65536, (1024,), generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE)
+    case["window_end"] = (own + 1).int()
+    if weighted:
+        case["k_weight"] = torch.randn(1, 65536, generator=torch.Generator(DEVICE).manual_seed(2), device=DEVICE)
+    packed = run(case, q_segment=ids[own], k_segment=ids[None])
+    first = starts[torch.searchsorted(starts, own, right=True) - 1]
+    expected = run(case, window_start=first.int())
+    seen = ~expected[1].isneginf()
+    assert torch.equal(packed[0][seen], expected[0][seen])
+    assert_equal((packed[0], packed[1]), (packed[0], expected[1]))
 
 
 @gpu
