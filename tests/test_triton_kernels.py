@@ -349,22 +349,47 @@ def test_hidden_nan_and_inf_change_nothing() -> None:
         assert_equal(run(case, k=poisoned, k_weight=torch.where(hidden, value, case["k_weight"])), expected)
 
 
+def eligible_of(case: Case) -> Tensor:
+    """The blocks [B, S, M] that the coarse stage ranks; no stage after it runs."""
+    batch, queries, tokens = *case["q"].shape[:2], case["k"].shape[1]
+    captured: dict[str, Any] = {}
+    original = launch.launch
+
+    def until_coarse(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
+        if kernel in (launch.pool_kernel, launch.coarse_kernel):
+            original(kernel, programs, warps, **arguments)
+            captured.update(arguments)
+
+    with mock.patch.object(launch, "launch", until_coarse):
+        run(case)
+    keys, size = captured["block_keys_ptr"].view(batch, queries, -1), case["block_size"]
+    assert keys.shape[2] == -(-tokens // size)
+    start = case.get("window_start", torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)).clamp(0, tokens)
+    end = case.get("window_end", torch.full((1, 1), tokens, device=DEVICE)).clamp(0, tokens)
+    # Columns count from the window's first block; those past its last one are not written.
+    block = torch.arange(keys.shape[2], device=DEVICE)
+    column = (block - (start // size)[..., None]).expand(keys.shape)
+    touched = (column >= 0) & (block < -(-end // size)[..., None]) & (start < end)[..., None]
+    return touched & (keys.gather(-1, column.clamp_min(0)) != -(2**31))
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("packed", torch.int32), ("runs", torch.int64), ("mixed", torch.int64)])
-def test_eligible_blocks_are_those_that_hold_a_token_of_the_querys_segment(kind: str, dtype: torch.dtype) -> None:
-    """With keys all alike only eligibility decides which blocks are kept; windows that cut blocks, and holes."""
-    queries, tokens = (40, 230) if ON_GPU else (3, 43)
+def test_eligible_blocks_are_those_that_hold_a_visible_token(kind: str, dtype: torch.dtype) -> None:
+    """Bounds, windows and valid keys decide most of them; the answer is that of looking at every token."""
+    queries, tokens = (60, 330) if ON_GPU else (5, 61)
     case = exact_case(2, queries, tokens, heads=1, dim=1, topk=8, block_size=6, block_topk=3)
-    case["q"], case["weights"] = torch.ones_like(case["q"]), torch.ones_like(case["weights"])
-    case["k"] = torch.ones_like(case["k"])
     case |= random_segments(kind, dtype, (2, queries), 2, tokens, seed=3)
     g = torch.Generator().manual_seed(4)
     windows = {
-        "window_start": torch.randint(0, tokens // 2, (2, queries), generator=g).int().to(DEVICE),
-        "window_end": torch.randint(tokens // 2, tokens + 1, (2, queries), generator=g).int().to(DEVICE),
+        "window_start": torch.randint(-5, tokens // 2, (2, queries), generator=g).int().to(DEVICE),
+        "window_end": torch.randint(tokens // 4, tokens + 5, (2, queries), generator=g).int().to(DEVICE),
     }
-    holes = {"key_valid": random_bool((2, tokens), 0.7, seed=5)}
-    for others in (windows, windows | holes, {"mask": random_bool((1, queries, tokens), 0.5)}):
-        check(case | others)
+    holes = {"key_valid": random_bool((2, tokens), 0.5, seed=5)}
+    for others in ({}, windows, holes, windows | holes, {"mask": random_bool((1, queries, tokens), 0.3)}):
+        visibility = {name: x for name, x in (case | others).items() if name in Visibility._fields}
+        visible = reference.visible_tokens(case["q"], case["k"], **visibility)
+        expected = torch.nn.functional.pad(visible, (0, -tokens % 6)).unflatten(-1, (-1, 6)).any(-1)
+        assert torch.equal(eligible_of(case | others), expected)
 
 
 def test_a_packed_call_gives_each_sequence_what_it_gets_alone() -> None:
