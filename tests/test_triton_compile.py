@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
@@ -55,10 +56,10 @@ def record(
     tokens: int = 16384,
     budget: Budget = Budget(128, 64),  # noqa: B008
     everything: bool = False,
-    segments: torch.dtype = torch.int64,
+    optional: dict[str, Tensor] | None = None,
     **options: bool,
 ) -> list[Launch]:
-    """The launches of one call, ``everything``: with all the optional tensors."""
+    """The launches of one call with a window's end and the ``optional`` tensors, or with ``everything``."""
     launches: list[Launch] = []
     monkeypatch.setattr(launch, "launch", lambda kernel, n, warps, **args: launches.append((kernel, warps, args)))
     if dtype == torch.float8_e4m3fn:
@@ -67,11 +68,14 @@ def record(
     k = torch.zeros(1, tokens, dim).to(dtype)
     window = torch.zeros(1, 1, dtype=torch.int32)
     visible = torch.ones(1, 1, tokens, dtype=torch.bool)
-    segment = torch.zeros(1, tokens, dtype=segments)
-    visibility = Visibility(window_end=window)
+    segment = torch.zeros(1, tokens, dtype=torch.int64)
     if everything:
-        visibility = Visibility(window, window, visible[0], visible, segment[:, :1], segment)
-    scale = weight = torch.ones(1, tokens) if everything else None
+        optional = {"window_start": window, "key_valid": visible[0], "mask": visible}
+        optional |= {"q_segment": segment[:, :1], "k_segment": segment}
+        optional |= {"k_scale": torch.ones(1, tokens), "k_weight": torch.ones(1, tokens)}
+    factors = {"k_scale": None, "k_weight": None} | (optional or {})
+    visibility = Visibility(window_end=window, **{n: x for n, x in factors.items() if n in Visibility._fields})
+    scale, weight = factors["k_scale"], factors["k_weight"]
     arguments = {"sorted": True, "mark_hidden": False} | options
     launch.indexer_topk_triton(q, k, torch.zeros(1, 1, heads), topk, budget, visibility, scale, weight, **arguments)
     return launches
@@ -130,6 +134,39 @@ def test_every_kernel_compiles_with_all_optional_tensors_and_awkward_sizes(
         monkeypatch, dtype, "sm_90", heads=5, dim=200, topk=30, budget=Budget(7, 5), everything=True, sorted=False
     )
     check(odd, "sm_90")
+
+
+LOADS = {"pool_kernel", "coarse_kernel", "refine_kernel", "fill_kernel"}
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("holes", [False, True])
+def test_segments_and_weights_without_a_mask_compile(monkeypatch: pytest.MonkeyPatch, holes: bool, arch: str) -> None:
+    """Blocks looked into where that is needed, with and without the table of valid keys, ids of both widths."""
+    ids = torch.zeros(1, 16384, dtype=torch.int32 if holes else torch.int64)
+    optional: dict[str, Tensor] = {"q_segment": ids[:, :1], "k_segment": ids, "k_weight": torch.ones(1, 16384)}
+    if holes:
+        optional |= {"key_valid": torch.ones(1, 16384, dtype=torch.bool), "k_scale": torch.ones(1, 16384)}
+    launches = record(monkeypatch, torch.bfloat16, arch, optional=optional)
+    check([recorded for recorded in launches if recorded[0].__name__ in LOADS], arch)
+
+
+def test_tensors_that_are_not_given_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each given tensor adds loads to the kernels that use it; absent ones leave nothing but unused arguments."""
+
+    def loads(**optional: Tensor) -> dict[str, int]:
+        launches = record(monkeypatch, torch.bfloat16, "sm_90", optional=optional)
+        code = {kernel.__name__: compile_launch((kernel, *rest), "sm_90").asm["ttir"] for kernel, *rest in launches}
+        if not optional:
+            assert not any("!tt.ptr<i64>" in ir for ir in code.values())
+        return {name: ir.count("tt.load") for name, ir in code.items()}
+
+    ids = torch.zeros(1, 16384, dtype=torch.int64)
+    plain = loads()
+    with_segments = loads(q_segment=ids[:, :1], k_segment=ids)
+    with_weight = loads(k_weight=torch.ones(1, 16384))
+    assert {name for name in plain if with_segments[name] > plain[name]} == LOADS
+    assert {name for name in plain if with_weight[name] > plain[name]} == LOADS - {"coarse_kernel"}
 
 
 def test_long_rows_compile(monkeypatch: pytest.MonkeyPatch) -> None:
