@@ -68,6 +68,13 @@ SAMPLES = {
 cases = pytest.mark.parametrize("call", SAMPLES.values(), ids=SAMPLES.keys())
 
 
+def test_positions_of_arguments_stay() -> None:
+    """Graphs made by earlier versions pass them by position; what came later comes last."""
+    names = [argument.name for argument in OPERATOR._schema.arguments]
+    first = "q k weights topk block_size block_topk window_start window_end key_valid mask k_scale sorted mark_hidden"
+    assert names == [*first.split(), "q_segment", "k_segment", "k_weight"]
+
+
 @cases
 def test_opcheck_passes(call: Call) -> None:
     """Schema, autograd registration, fake tensors and AOT dispatch with dynamic sizes, as torch checks them."""
