@@ -374,9 +374,9 @@ def _hierarchical(
     block_size, block_topk = budget
     blocks = means.shape[1]
     block_scores = scorer.all_keys(means, rows.spans(block_size))
-    kept, count = _kept_blocks(
-        block_scores, rows.sees_in_blocks(block_size, blocks, bounds, CHUNK_ELEMENTS), block_topk
-    )
+    # Beside the scores and bounds of all blocks, so a part of a chunk's candidates at once.
+    eligible = rows.sees_in_blocks(block_size, blocks, bounds, CHUNK_ELEMENTS // 4)
+    kept, count = _kept_blocks(block_scores, eligible, block_topk)
     positions = (kept[..., None] * block_size + torch.arange(block_size, device=kept.device)).flatten(1)
     readable = positions.clamp_max(rows.tokens - 1)
     scores = scorer.keys_at(None, readable, (count * block_size).tolist())
