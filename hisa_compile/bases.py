@@ -30,6 +30,9 @@ def compile_aot_eager(
     """
     # Imported here: importing this package must not import Inductor.
     import torch._functorch.config as functorch_config
+
+    # Some decompositions use this module without importing it.
+    import torch._inductor.lowering  # noqa: F401
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._functorch.partitioners import default_partition

@@ -58,7 +58,7 @@ def test_an_error_inside_the_pass_leaves_the_graph_flat(monkeypatch: pytest.Monk
     def fail(*args: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr("hisa_compile.passes.rewrite._outputs", fail)
+    monkeypatch.setattr("hisa_compile.passes.rewrite.outputs_of", fail)
     (site,) = rewrite_indexers(module.graph, EVERYTHING)
     assert site.reason == "internal error: RuntimeError: planted"
     assert str(module.graph) == before

@@ -83,7 +83,7 @@ NEAR_MISSES: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
     "one key": lambda q, k, w: weighted(product(q, k[:, :1]).relu(), w).topk(1).indices,
     "two terms": lambda q, k, w: best(weighted(product(q, k).relu(), w) + weighted(product(q, -k).relu(), w)),
     "absolute value": lambda q, k, w: best(weighted(product(q, k).relu(), w).abs()),
-    "keys dropped by a slice": lambda q, k, w: best(weighted(product(q, k).relu(), w)[..., 3:]),
+    "every other key": lambda q, k, w: best(weighted(product(q, k).relu(), w)[..., ::2]),
     "keys in reverse": lambda q, k, w: best(weighted(product(q, k).relu(), w).flip(-1)),
     "rounded": lambda q, k, w: best(weighted(product(q, k).relu(), w).round()),
     "summed over queries": lambda q, k, w: best(weighted(product(q, k).relu(), w).sum(1)),
@@ -137,13 +137,13 @@ def test_a_budget_below_topk_leaves_any_indexer_flat_and_says_so(program: Progra
     """A setting that makes rewriting impossible is reported with the numbers, and the graph stays."""
     module = aten_graph(program.run, program.inputs())
     before = str(module.graph)
-    (site,) = rewrite_indexers(module.graph, PassSettings(block_size=1, block_topk=2))
+    sites = rewrite_indexers(module.graph, PassSettings(block_size=1, block_topk=2))
     if min(program.topk, program.tokens) > 2 and program.rewritable:
-        assert not site.rewritten
-        assert "block_topk * block_size: got 2 * 1" in site.reason
+        assert not any(site.rewritten for site in sites)
+        assert all("block_topk * block_size: got 2 * 1" in site.reason for site in sites)
         assert str(module.graph) == before
     else:
-        assert site.rewritten == program.rewritable
+        assert all(site.rewritten == program.rewritable for site in sites)
 
 
 def test_values_that_a_training_graph_uses_keep_it_flat() -> None:
@@ -151,11 +151,12 @@ def test_values_that_a_training_graph_uses_keep_it_flat() -> None:
     run = Program(outputs="values").run
 
     def joint(q: Tensor, k: Tensor, w: Tensor, tangents: Tensor) -> tuple[Tensor, ...]:
-        values = run(q, k, w)
+        values = run(q, k, w, *data)
         return values, *torch.autograd.grad(values, (q, k, w), tangents)
 
-    inputs = [x.requires_grad_() for x in Program().inputs()]
-    tangents = torch.ones_like(run(*inputs))
+    q, k, w, *data = Program().inputs()
+    inputs = [x.requires_grad_() for x in (q, k, w)]
+    tangents = torch.ones_like(run(*inputs, *data))
     module = torch.fx.experimental.proxy_tensor.make_fx(joint)(*inputs, tangents)
     for node in module.graph.nodes:
         if node.op == "placeholder" and "tangents" in node.name:
@@ -196,7 +197,7 @@ def test_a_score_that_is_used_elsewhere_is_kept_and_reported() -> None:
     (site,) = rewrite_indexers(module.graph, PassSettings(block_size=4, block_topk=6))
     module.recompile()
     assert site.rewritten
-    assert "no memory is saved" in site.notes[0]
+    assert "no memory is saved" in site.notes[1]
     assert "no memory is saved" in str(Report((site,)))
     assert torch.allclose(module(*INPUTS)[1], both_ways(*INPUTS)[1])
 
@@ -215,7 +216,7 @@ def test_a_mutation_in_between_keeps_a_graph_that_is_not_functional() -> None:
         return best(scores)
 
     small = PassSettings(block_size=4, block_topk=6)
-    (site,) = rewrite_indexers(aten_graph(mutated, INPUTS, decompose=False).graph, small)
+    (site,) = rewrite_indexers(aten_graph(mutated, INPUTS, decompose=False, functional=False).graph, small)
     assert "written to" in site.reason
-    (site,) = rewrite_indexers(aten_graph(elsewhere, INPUTS, decompose=False).graph, small)
+    (site,) = rewrite_indexers(aten_graph(elsewhere, INPUTS, decompose=False, functional=False).graph, small)
     assert site.rewritten

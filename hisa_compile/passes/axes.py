@@ -6,12 +6,12 @@ only if they are the same index, never because their sizes happen to agree.
 
 A dimension's index is a tuple of axes in row-major order: ``(b, s)`` is a dimension that merges b and s, ``()``
 the only position of a dimension of size 1.  A view may cut an axis; the axis then remembers its parts, and
-:func:`resolved` replaces it everywhere.
+:func:`resolved` replaces it everywhere.  A slice reads at an offset: its dimension's index is one :class:`Shifted`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -34,8 +34,8 @@ def size_expr(size: Size) -> sympy.Expr:
 
 
 def _exact_division(numerator: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
-    quotient = _quotient(numerator, divisor)
-    return FloorDiv(numerator, divisor) if quotient is None else quotient
+    exact = quotient(numerator, divisor)
+    return FloorDiv(numerator, divisor) if exact is None else exact
 
 
 def shape_of(node: Node) -> tuple[sympy.Expr, ...]:
@@ -70,11 +70,41 @@ class Axis:
 Index: TypeAlias = tuple[Axis, ...]
 
 
+class Shifted(Axis):
+    """The index ``start + of`` of a dimension that is longer than the part that is read.
+
+    It never takes part in a :func:`regroup`: the sizes of the part don't make up the shape of the whole.
+    """
+
+    __slots__ = ("of", "start")
+
+    def __init__(self, of: Index, start: sympy.Expr) -> None:
+        inner = of[0] if len(of) == 1 else None
+        if isinstance(inner, Shifted):
+            of, start = inner.of, start + inner.start
+        super().__init__(product_of_sizes(of), "+".join([*(axis.name for axis in of), str(start)]))
+        self.of: Index = of
+        self.start: sympy.Expr = start
+
+
 def resolved(index: Index) -> Index:
     """The index with every axis that has been cut replaced by its parts."""
     out: list[Axis] = []
     for axis in index:
         out.extend((axis,) if axis.parts is None else resolved(axis.parts))
+    return tuple(out)
+
+
+def product_of_sizes(axes: Iterable[Axis]) -> sympy.Expr:
+    """The size of the dimension that merges the axes."""
+    return sympy.Mul(*(axis.size for axis in axes))
+
+
+def loops(index: Index) -> Index:
+    """The axes that the index depends on, whatever the offsets."""
+    out: list[Axis] = []
+    for axis in resolved(index):
+        out.extend(loops(axis.of) if isinstance(axis, Shifted) else (axis,))
     return tuple(out)
 
 
@@ -88,15 +118,60 @@ class Access:
     @property
     def axes(self) -> Index:
         """All axes it depends on, in dimension order."""
-        return resolved(tuple(axis for dim in self.index for axis in dim))
+        return loops(tuple(axis for dim in self.index for axis in dim))
 
     def depends_on(self, axes: Index) -> bool:
         return not set(resolved(axes)).isdisjoint(self.axes)
 
     def same_element(self, other: Access) -> bool:
-        return self.node is other.node and all(
-            resolved(a) == resolved(b) for a, b in zip(self.index, other.index, strict=True)
-        )
+        return same_node(self.node, other.node) and all(map(same_index, self.index, other.index))
+
+
+# How far back two nodes are compared.
+_COMPARED = 64
+
+
+def writes(node: Node) -> bool:
+    """Whether an operation writes to one of its operands."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def same_node(a: Node, b: Node) -> bool:
+    """Whether two nodes are one, or the same function of the same inputs: ``k[0]`` written twice."""
+    if a is b:
+        return True
+    node, last = (a, b) if a < b else (b, a)
+    while node is not last:
+        # Whatever is written to in between may be what one of them is made from.
+        if writes(node):
+            return False
+        node = node.next
+    todo = [(a, b)]
+    for _ in range(_COMPARED):
+        if not todo:
+            return True
+        a, b = todo.pop()
+        if a is b:
+            continue
+        if a.op != "call_function" or a.target is not b.target or len(a.args) != len(b.args) or a.kwargs != b.kwargs:
+            return False
+        target = a.target
+        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+            return False
+        for x, y in zip(a.args, b.args, strict=True):
+            if isinstance(x, Node) and isinstance(y, Node):
+                todo.append((x, y))
+            elif x != y:
+                return False
+    return not todo
+
+
+def same_index(a: Index, b: Index) -> bool:
+    """Whether two indices of one dimension are the same position."""
+    a, b = resolved(a), resolved(b)
+    if len(a) == len(b) == 1 and isinstance(a[0], Shifted) and isinstance(b[0], Shifted):
+        return same_size(a[0].start, b[0].start) and same_index(a[0].of, b[0].of)
+    return a == b
 
 
 def fresh_index(sizes: Sequence[sympy.Expr], names: str = "") -> tuple[Index, ...]:
@@ -105,7 +180,7 @@ def fresh_index(sizes: Sequence[sympy.Expr], names: str = "") -> tuple[Index, ..
     return tuple(() if size == 1 else (Axis(size, name),) for size, name in zip(sizes, padded, strict=True))
 
 
-def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     """a / b if b divides a for every value of the symbols, else None."""
     if a == b:
         return sympy.Integer(1)
@@ -117,14 +192,31 @@ def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     return ratio if sympy.fraction(ratio)[1] == 1 else None
 
 
-def regroup(index: Sequence[Index], sizes: Sequence[sympy.Expr]) -> tuple[Index, ...] | None:
+def regroup(
+    index: Sequence[Index], viewed: Sequence[sympy.Expr], sizes: Sequence[sympy.Expr]
+) -> tuple[Index, ...] | None:
     """The same elements addressed in another shape: what ``view`` and ``reshape`` do.
 
-    ``index`` addresses the viewed tensor, ``sizes`` is the shape before the view.  None if the shapes can't be
-    brought to a common refinement (say [6, 4] to [8, 3]); a cut that was needed on the way stays, which is
-    harmless: it renames an axis.
+    ``index`` addresses the tensor of shape ``viewed``, the result the one of shape ``sizes`` that it is a view of.
+    None if the shapes can't be brought to a common refinement (say [6, 4] to [8, 3]); a cut that was needed on the
+    way stays, which is harmless: it renames an axis.
     """
+    # Dimensions that stay as they are at either end, an offset in them included.
+    shorter = min(len(viewed), len(sizes))
+    first = 0
+    while first < shorter and same_size(viewed[first], sizes[first]):
+        first += 1
+    last = 0
+    while last < shorter - first and same_size(viewed[-1 - last], sizes[-1 - last]):
+        last += 1
+    middle = _regroup(index[first : len(viewed) - last], sizes[first : len(sizes) - last])
+    return None if middle is None else (*index[:first], *middle, *index[len(viewed) - last :])
+
+
+def _regroup(index: Sequence[Index], sizes: Sequence[sympy.Expr]) -> tuple[Index, ...] | None:
     todo = list(resolved(tuple(axis for dim in index for axis in dim)))
+    if any(isinstance(axis, Shifted) for axis in todo):
+        return None
     todo.reverse()
     out: list[Index] = []
     for size in sizes:
@@ -134,9 +226,9 @@ def regroup(index: Sequence[Index], sizes: Sequence[sympy.Expr]) -> tuple[Index,
             if not todo:
                 return None
             axis = todo.pop()
-            left = _quotient(missing, axis.size)
+            left = quotient(missing, axis.size)
             if left is None:
-                inner = _quotient(axis.size, missing)
+                inner = quotient(axis.size, missing)
                 if inner is None:
                     return None
                 axis, rest = axis.split(missing, inner)

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
-from .axes import Access, Axis, Index, resolved, same_size, shape_of, size_expr
+from .axes import Access, Axis, Index, Shifted, product_of_sizes, resolved, same_size, shape_of, size_expr
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -77,13 +77,14 @@ class Emitter:
             for dim, size in enumerate(shape_of(source)):
                 if same_size(size, expr):
                     return self.call(aten.sym_size.int, source, dim)
-        if isinstance(expr, sympy.Mul):
-            factors = [self.size(factor) for factor in expr.args]
-            product = factors[0]
-            for factor in factors[1:]:
-                product = self.call(operator.mul, product, factor)
-            assert isinstance(product, Node)
-            return product
+        if isinstance(expr, (sympy.Mul, sympy.Add)):
+            combine = operator.mul if isinstance(expr, sympy.Mul) else operator.add
+            parts = [self.size(part) for part in expr.args]
+            total = parts[0]
+            for part in parts[1:]:
+                total = self.call(combine, total, part)
+            assert isinstance(total, Node)
+            return total
         raise UnknownSizeError(f"no tensor here has a dimension of size {expr}")
 
     def cast(self, x: Node, dtype: torch.dtype) -> Node:
@@ -99,6 +100,7 @@ class Emitter:
         Axes that the access does not depend on are expanded (stride 0 where possible); with ``keep_missing`` a
         dimension none of whose axes it depends on stays of size 1.
         """
+        access = self._cut(access)
         have = access.axes
         groups = [resolved(dim) for dim in dims]
         if keep_missing:
@@ -119,6 +121,20 @@ class Emitter:
                 x = self.call(aten.expand.default, x, [self.size(axis.size) for axis in wanted])
         return self.reshape(x, [product_of_sizes(group) for group in groups])
 
+    def _cut(self, access: Access) -> Access:
+        """The access with every offset taken by a slice in front of it."""
+        for dim, index in enumerate(access.index):
+            if len(index) == 1 and isinstance(index[0], Shifted):
+                shifted = index[0]
+                start, end = self.size(shifted.start), self.size(shifted.start + shifted.size)
+                node = self.call(aten.slice.Tensor, access.node, dim, start, end)
+                access = Access(node, (*access.index[:dim], shifted.of, *access.index[dim + 1 :]))
+        return access
+
+    def expanded(self, x: Node, sizes: Sequence[sympy.Expr]) -> Node:
+        same = all(same_size(a, b) for a, b in zip(shape_of(x), sizes, strict=True))
+        return x if same else self.call(aten.expand.default, x, [self.size(size) for size in sizes])
+
     def contiguous(self, x: Node) -> Node:
         """The tensor in memory order of its dimensions, as the selections that it stands for return theirs."""
         stride = sympy.Integer(1)
@@ -127,11 +143,6 @@ class Emitter:
                 return self.call(aten.clone.default, x, memory_format=torch.contiguous_format)
             stride *= size
         return x
-
-
-def product_of_sizes(axes: Sequence[Axis]) -> sympy.Expr:
-    """The size of the dimension that merges the axes."""
-    return sympy.Mul(*(axis.size for axis in axes))
 
 
 def index_of(dims: Sequence[Index], last: torch.SymInt | int) -> tuple[Index, ...]:

@@ -1,124 +1,112 @@
 """The one description that every spelling of the DSA score is reduced to, and the proof that it fits.
 
-    score[b,s,t] = sum_h  W[b,s,h] * ReLU( sum_d Q[b,s,h,d] * K[b,t,d] )      hidden where not visible[b,s,t]
+    score[b,s,t] = g[b,t] * sum_h  W[b,s,h] * ReLU( sum_d Q[b,s,h,d] * K[b,t,d] )      hidden where not visible[b,s,t]
 
 Roles follow from the axes that a factor depends on, not from names, shapes or the order of operands: t is the
 axis that the selection runs along, d what is summed inside the ReLU, h what is summed outside; of the score's
 other axes those that the key depends on are batch axes and the rest are queries.  Each role may be any number
-of axes.  What does not fit raises :class:`NotAnIndexer` with the first obligation that failed.
+of axes.  A sum over heads that is spelled as additions is several :class:`Part`\\ s over one key.  What does not fit
+raises :class:`NotAnIndexer` with the first obligation that failed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
+import sympy
 import torch
 from torch.fx import Node
 
-from ..ops.validate import KEY_DTYPES
-from .axes import Access, Axis, Index, fresh_index, resolved, shape_of
-from .rules import CASTS, LAYOUT, argument, constant, exact_for_floats, hides, hides_added, open_access
-from .terms import Not, Plus, Product, Relu, Scalar, Sum, Term, Where
+from .axes import (
+    Access,
+    Axis,
+    Index,
+    Shifted,
+    fresh_index,
+    product_of_sizes,
+    resolved,
+    shape_of,
+)
+from .contraction import Contraction, factor_of
+from .errors import NotAnIndexer, describe
+from .form import SCORE_DTYPES, Factor, IndexerForm, Part, matched_features, same_factor
+from .rules import constant, open_access
+from .terms import Inverse, Not, Pieces, Plus, Product, Relu, Sum, Term, Where, depends_on
+from .visibility import Choice, Condition, as_condition, decision
 
-SCORE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class NotAnIndexer(Exception):
-    """The selection does not rank a DSA score, or that can't be proved.  ``str()`` is the reason."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """A bool tensor that decides visibility: visible where it is ``visible_when``."""
-
-    access: Access
-    visible_when: bool
-
-
-@dataclass
-class IndexerForm:
-    """The canonical description of one indexer.
-
-    batch, queries, heads, features, keys: the axes in each role.
-    query, row_factors: Q is their product; the row factors do not depend on features and may have any sign.
-    key, key_factors: K is their product; the key factors are per-key scales, inside the ReLU.
-    weights, scale: W is their product; no weights at all means 1.
-    conditions: visible where all of them say so.
-    fills: the values that hidden scores had in the original (what its consumer may see of them).
-    chain: the nodes that the description replaces, from the selection's input to the product.
-    """
-
-    score: Access
-    keys: Index
-    batch: Index = ()
-    queries: Index = ()
-    heads: Index = ()
-    features: Index = ()
-    query: list[Access] = field(default_factory=list)
-    row_factors: list[Access] = field(default_factory=list)
-    inner_scale: float = 1.0
-    key: Access | None = None
-    key_factors: list[Access] = field(default_factory=list)
-    weights: list[Access] = field(default_factory=list)
-    scale: float = 1.0
-    conditions: list[Condition] = field(default_factory=list)
-    fills: set[float] = field(default_factory=set)
-    additive_mask: bool = False
-    chain: list[Node] = field(default_factory=list)
+# How many operations are looked through in search of the factor that holds the ReLU.
+_SEARCHED = 200
 
 
-def describe_indexer(score: Node, dim: int) -> IndexerForm:
-    """The canonical form of the score that a selection ranks along ``dim``.
+def describe_indexer(score: Node, dim: int, smallest: bool = False) -> IndexerForm:
+    """The canonical form of the score that a selection ranks along ``dim``, by descending or ascending value.
 
     Raises:
         NotAnIndexer: the first obligation that fails.
     """
     sizes = shape_of(score)
     if any(size == 0 for size in sizes):
-        raise NotAnIndexer("a dimension of the score is empty")
+        raise NotAnIndexer("a dimension of the score is empty", score)
     index = fresh_index(sizes, "".join("t" if d == dim % len(sizes) else "r" for d in range(len(sizes))))
-    form = IndexerForm(Access(score, index), keys=index[dim])
+    form = IndexerForm(Access(score, index), index[dim], smallest)
     if not form.keys:
-        raise NotAnIndexer("there is a single key, so there is nothing to select")
+        raise NotAnIndexer("there is a single key, so there is nothing to select", score)
     _Analysis(form).run()
     return form
 
 
-def stripped(access: Access) -> Access:
-    """The operand seen through layouts and exact upcasts: the same numbers, closer to where they are stored."""
-    while True:
-        node = access.node
-        if node.target in CASTS:
-            source, to = argument(node, 0).meta["val"].dtype, node.meta["val"].dtype
-            if source not in KEY_DTYPES or to not in SCORE_DTYPES or torch.promote_types(source, to) != to:
-                return access
-        elif node.target not in LAYOUT:
-            return access
-        opened = open_access(access)
-        if not isinstance(opened, Access):
-            return access
-        access = opened
+def hides_added(value: float) -> bool:
+    """Whether a score that this number is added to is below every score that a token can have.
+
+    That is -inf or the lowest number of bfloat16, which many models take for float32 scores too (no score that did
+    not overflow is as low).  Not float16's: scores of some ten thousand, to which it is added, may exceed others.
+    """
+    return value <= torch.finfo(torch.bfloat16).min
+
+
+def hides(value: float, dtype: torch.dtype) -> bool:
+    """Whether this number in place of a score of ``dtype`` is below every score that a token can have."""
+    return hides_added(value) or (dtype == torch.float16 and value <= torch.finfo(dtype).min)
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """What a ReLU is multiplied by and summed over, collected on the way to it."""
+
+    scale: float = 1.0
+    weights: tuple[Factor, ...] = ()
+    key_weights: tuple[Factor, ...] = ()
+    heads: Index = ()
+    sums_heads: bool = False
 
 
 class _Analysis:
     def __init__(self, form: IndexerForm) -> None:
         self.form = form
-        self.relus: list[Term] = []
-        self.heads: list[Axis] = []
-        # A sum over a single head leaves no axis behind.
-        self.sums_heads = False
-        self.features: list[Axis] = []
-        # Factors of the ReLU's argument that depend on the key axis.
-        self.key_side: list[Access] = []
-        self.blocker = ""
+        self.blocker: Node | None = None
 
     def run(self) -> None:
-        self.outer(self.visible(self.form.score))
-        if not self.relus:
-            raise NotAnIndexer(f"no ReLU between the selection and {self.blocker or 'its leaves'}")
-        if len(self.relus) > 1:
-            raise NotAnIndexer("a product of several ReLUs")
-        self.inner(self.relus[0])
+        form = self.form
+        score, scale = self.visible(form.score)
+        # The sign of what multiplies the whole sum decides whether its largest or its smallest tokens are selected.
+        if (scale < 0) != form.smallest:
+            raise NotAnIndexer(
+                "it keeps the smallest scores",
+                form.score.node,
+                "an indexer keeps the largest: topk(score), or topk(-score, largest=False)",
+            )
+        for body, outside in self.relus(score, _Outside(scale)):
+            part = Part(
+                heads=outside.heads,
+                weights=list(outside.weights),
+                key_weights=list(outside.key_weights),
+                scale=outside.scale,
+                sums_heads=outside.sums_heads,
+            )
+            Contraction(part, self.opened, self.varies, form.chain).read(body)
+            form.parts.append(part)
         self.assign_roles()
 
     # Walking ------------------------------------------------------------------------------------------------
@@ -129,222 +117,265 @@ class _Analysis:
         term = open_access(access)
         if term is not None and dtype not in SCORE_DTYPES:
             raise NotAnIndexer(
-                f"the score is computed in {dtype} at {access.node.name}; the operator accumulates in float32"
+                f"the score is computed in {dtype} at {access.node.name}; the operator accumulates in float32",
+                access.node,
+                "compute the score in float32" if dtype == torch.float64 else "",
             )
         if term is None:
-            self.blocker = self.blocker or f"{_op_name(access.node)} ({access.node.name})"
+            self.blocker = self.blocker or access.node
         else:
             self.form.chain.append(access.node)
         return term
 
     def varies(self, term: Term) -> bool:
-        """Whether the term depends on the key axis."""
-        match term:
-            case Access():
-                return term.depends_on(self.form.keys)
-            case Scalar():
-                return False
-            case Product(parts) | Plus(parts):
-                return any(map(self.varies, parts))
-            case Sum(_, body) | Relu(body) | Not(body):
-                return self.varies(body)
-            case Where(condition, then, otherwise):
-                return any(map(self.varies, (condition, then, otherwise)))
+        return depends_on(term, self.form.keys)
 
     # Visibility ---------------------------------------------------------------------------------------------
 
-    def visible(self, term: Term) -> Term:
-        """Take the masks off the top of the score; what is left is the score of a visible token."""
+    def visible(self, term: Term) -> tuple[Term, float]:
+        """Take masks and number factors off the top of the score: the score of a visible token, and its scale."""
         dtype = self.form.score.node.meta["val"].dtype
+        scale = 1.0
         while True:
+            # In this direction lie the scores that are not selected.
+            down = -scale if self.form.smallest else scale
             match term:
                 case Access() if self.varies(term):
                     opened = self.opened(term)
                     if opened is None:
-                        return term
+                        return term, scale
                     dtype, term = term.node.meta["val"].dtype, opened
+                case Product(factors) if sum(constant(factor) is None for factor in factors) == 1:
+                    for factor in factors:
+                        number = constant(factor)
+                        if number is None:
+                            term = factor
+                        elif number == 0:
+                            raise NotAnIndexer("the score is multiplied by 0")
+                        else:
+                            scale *= number
                 case Where(condition, then, otherwise):
-                    fills = constant(then), constant(otherwise)
-                    if hides(fills[0], dtype):
-                        self.hide(condition, hidden_when=True, fill=fills[0])
-                        term = otherwise
-                    elif hides(fills[1], dtype):
-                        self.hide(condition, hidden_when=False, fill=fills[1])
-                        term = then
+                    for fill, other, hidden_when in ((then, otherwise, True), (otherwise, then, False)):
+                        number = constant(fill)
+                        if number is not None and hides(number * (1 if down > 0 else -1), dtype):
+                            self.form.conditions.append(Condition(condition, not hidden_when))
+                            self.form.fills.add(number * scale)
+                            term = other
+                            break
                     else:
                         raise NotAnIndexer(
-                            f"a choice between two values at {_name(condition)}, neither of which hides a token"
+                            f"a choice between two values at {describe(condition)}, neither of which hides a token",
+                            _node(condition),
+                            "hide tokens with -inf or torch.finfo(dtype).min",
                         )
-                case Plus((a, b)):
-                    if self.mask_term(b):
-                        term = a
-                    elif self.mask_term(a):
-                        term = b
+                case Plus(terms):
+                    masks = [part for part in terms if self.mask_term(part, down, scale)]
+                    rest = [part for part in terms if part not in masks]
+                    if len(rest) == 1:
+                        term = rest[0]
+                    elif masks:
+                        term = Plus(tuple(rest))
                     else:
-                        raise NotAnIndexer(
-                            f"a term is added to the score that is not provably a mask: {_name(b)} or {_name(a)}"
-                        )
+                        return term, scale
                 case _:
-                    return term
+                    return term, scale
 
-    def mask_term(self, term: Term) -> bool:
-        """Whether an added term is 0 at visible and hiding at other tokens; then its conditions are noted."""
-        found: list[tuple[Access, bool, float]] = []
-
-        def read(term: Term) -> bool:
-            match term:
-                case Access(node):
-                    opened = open_access(term)
-                    known = opened is not None and (node.target not in CASTS or exact_for_floats(node))
-                    return known and opened is not None and read(opened)
-                case Scalar(value):
-                    return value == 0
-                case Plus(parts):
-                    return all(map(read, parts))
-                case Where(condition, then, otherwise):
-                    for branch, other, hidden_when in ((then, otherwise, True), (otherwise, then, False)):
-                        fill = constant(branch)
-                        if fill is not None and hides_added(fill):
-                            found.append((condition, hidden_when, fill))
-                            return read(other)
+    def mask_term(self, term: Term, down: float, scale: float) -> bool:
+        """Whether an added term is 0 at visible and hiding at other tokens; then its condition is noted."""
+        tree = decision(term)
+        if tree is None:
             return False
-
-        if not read(term):
+        numbers = tree.numbers() if isinstance(tree, Choice) else [tree]
+        sign = 1 if down > 0 else -1
+        if not all(number == 0 or hides_added(number * sign) for number in numbers):
             return False
-        for condition, hidden_when, fill in found:
-            self.hide(condition, hidden_when, fill)
-        self.form.additive_mask = self.form.additive_mask or bool(found)
+        if isinstance(tree, Choice):
+            self.form.conditions.append(Condition(as_condition(tree.map(lambda number: float(number == 0))), True))
+            hiding = {number for number in numbers if number != 0}
+            self.form.fills |= {number * scale for number in hiding}
+            self.form.finite_addend |= not all(map(math.isinf, hiding))
         return True
 
-    def hide(self, condition: Access, hidden_when: bool, fill: float | None) -> None:
-        while True:
-            opened = open_access(condition)
-            if isinstance(opened, Not):
-                condition, hidden_when = opened.body, not hidden_when
-            elif isinstance(opened, Access) and condition.node.target in LAYOUT:
-                condition = opened
+    # g * sum_h W * ReLU(...) ----------------------------------------------------------------------------------
+
+    def relus(self, term: Term, outside: _Outside) -> Iterable[tuple[Term, _Outside]]:
+        """The argument of each ReLU in the sum, with what it is multiplied by and summed over."""
+        todo = [(term, outside)]
+        found = []
+        while todo:
+            term, outside = todo.pop()
+            match term:
+                case Relu(body):
+                    found.append((body, outside))
+                case Access() if self.varies(term):
+                    opened = self.opened(term)
+                    if opened is None:
+                        raise self.no_relu(term)
+                    todo.append((opened, outside))
+                case Product(factors):
+                    todo.append(self.factor(factors, outside))
+                case Sum(axes, body):
+                    todo.append((body, replace(outside, heads=(*outside.heads, *axes), sums_heads=True)))
+                case Plus(parts):
+                    missing = [part for part in parts if not self.varies(part)]
+                    if missing:
+                        raise NotAnIndexer(
+                            f"a term is added to the score that is not provably a mask: {describe(missing[0])}",
+                            _node(missing[0]),
+                            "hide tokens with -inf or torch.finfo(dtype).min by a bool mask made in the graph",
+                        )
+                    todo.extend((part, replace(outside, sums_heads=True)) for part in reversed(parts))
+                case Where(condition):
+                    raise NotAnIndexer(
+                        f"a choice by {describe(condition)} inside the sum over heads",
+                        _node(condition),
+                        "apply the mask after the sum over heads",
+                    )
+                case Pieces(axis, pieces):
+                    if axis not in outside.heads:
+                        raise NotAnIndexer("the score is put together from parts by cat", self.form.chain[-1])
+                    todo.extend(reversed(list(_pieces_of_sum(axis, pieces, outside))))
+                case _:
+                    raise self.no_relu(term)
+        return found
+
+    def no_relu(self, term: Term) -> NotAnIndexer:
+        node = self.blocker or _node(term)
+        return NotAnIndexer(f"no ReLU between the selection and {describe(node or term)}", node)
+
+    def factor(self, factors: tuple[Term, ...], outside: _Outside) -> tuple[Term, _Outside]:
+        """Sort the factors of a product; returns the one that holds the ReLU."""
+        scale, weights, key_weights = outside.scale, list(outside.weights), list(outside.key_weights)
+        varying: list[Term] = []
+        for factor in factors:
+            number = constant(factor)
+            if number is not None:
+                scale *= number
+            elif self.varies(factor):
+                varying.append(factor)
             else:
-                break
-        assert fill is not None
-        self.form.fills.add(fill)
-        self.form.conditions.append(Condition(condition, visible_when=not hidden_when))
+                weights.append(factor_of(factor))
+        holding = varying
+        if len(varying) > 1:
+            holding = [factor for factor in varying if self.holds_relu(factor)]
+            if len(holding) > 1:
+                raise NotAnIndexer("a product of several ReLUs", _node(holding[0]))
+            key_weights += [factor_of(factor) for factor in varying if factor not in holding]
+        if not holding:
+            raise self.no_relu(varying[0] if varying else factors[0])
+        return holding[0], replace(outside, scale=scale, weights=tuple(weights), key_weights=tuple(key_weights))
 
-    # sum_h W * ReLU(...) --------------------------------------------------------------------------------------
-
-    def outer(self, term: Term) -> None:
-        match term:
-            case Scalar(value):
-                self.form.scale *= value
-            case Access() if not self.varies(term):
-                self.form.weights.append(stripped(term))
-            case Access():
-                opened = self.opened(term)
-                if opened is None:
-                    self.key_side.append(term)
-                else:
-                    self.outer(opened)
-            case Product(factors):
-                for factor in factors:
-                    self.outer(factor)
-            case Sum(axes, body):
-                self.heads.extend(axes)
-                self.sums_heads = True
-                self.outer(body)
-            case Relu(body):
-                self.relus.append(body)
-            case Plus():
-                raise NotAnIndexer("a sum of several terms that depend on the key, none of them provably a mask")
-            case Where(condition):
-                raise NotAnIndexer(f"a choice by {_name(condition)} inside the sum over heads")
-            case Not():
-                raise NotAnIndexer("a logical operation on the score")
-
-    # sum_d Q * K ------------------------------------------------------------------------------------------------
-
-    def inner(self, term: Term) -> None:
-        if self.key_side:
-            raise NotAnIndexer(
-                f"the ReLU is multiplied by {_name(self.key_side[0])}, which varies over the keys: its sign is unknown"
-            )
-        self.factors(term, key_found=False)
-
-    def factors(self, term: Term, key_found: bool) -> None:
-        match term:
-            case Scalar(value):
-                self.form.inner_scale *= value
-            case Access() if not self.varies(term):
-                self.form.row_factors.append(term)
-            case Access():
-                if key_found:
-                    term = stripped(term)
-                    if not term.depends_on(tuple(self.heads)):
-                        self.key_side.append(term)
-                        return
-                opened = self.opened(term)
-                if opened is None or isinstance(opened, Relu | Plus | Where | Not):
-                    self.key_side.append(term)
-                else:
-                    self.factors(opened, key_found)
-            case Sum(axes, body):
-                self.features.extend(axes)
-                self.factors(body, key_found)
-            case Product(parts):
-                fixed = [part for part in parts if not self.varies(part)]
-                # A factor with the summed axis but without the key axis is the query; what it meets is the key,
-                # and is not opened further: whatever it is computed from is the model's business.
-                meets_query = any(isinstance(f, Access) and f.depends_on(tuple(self.features)) for f in fixed)
-                for part in fixed:
-                    self.factors(part, key_found)
-                for part in parts:
-                    if self.varies(part):
-                        self.factors(part, key_found or meets_query)
-            case _:
-                raise NotAnIndexer("the argument of the ReLU is not a product of a query and a key")
+    def holds_relu(self, term: Term) -> bool:
+        todo, looked_at = [term], 0
+        while todo and looked_at < _SEARCHED:
+            looked_at += 1
+            match todo.pop():
+                case Relu():
+                    return True
+                case Access() as access if self.varies(access):
+                    opened = open_access(access)
+                    if opened is not None:
+                        todo.append(opened)
+                    elif self.blocker is None:
+                        self.blocker = access.node
+                case Product(parts) | Plus(parts):
+                    todo.extend(parts)
+                case Pieces(_, pieces):
+                    todo.extend(piece for _, piece in pieces)
+                case Sum(_, body) | Inverse(body) | Not(body):
+                    todo.append(body)
+                case Where(_, then, otherwise):
+                    todo += [then, otherwise]
+        return False
 
     # Roles ------------------------------------------------------------------------------------------------------
 
     def assign_roles(self) -> None:
         form = self.form
-        features = tuple(self.features)
-        keys = [stripped(a) for a in self.key_side if a.depends_on(features)]
-        form.key_factors = [stripped(a) for a in self.key_side if not a.depends_on(features)]
-        form.query = [stripped(a) for a in form.row_factors if a.depends_on(features)]
-        form.row_factors = [a for a in form.row_factors if not a.depends_on(features)]
-        if len(keys) != 1 or not form.query:
-            raise NotAnIndexer("the argument of the ReLU is not one contraction of a query with a key")
-        form.key = keys[0]
         # Only now that every operand is stripped is no axis cut any more.
         form.keys = resolved(form.keys)
-        form.heads = resolved(tuple(self.heads))
-        form.features = resolved(features)
+        for part in form.parts:
+            part.heads, part.features = resolved(part.heads), resolved(part.features)
         rows = tuple(a for dim in form.score.index for a in resolved(dim) if a not in form.keys)
-        _reject(form.key, form.heads, "the keys carry a head axis", keys[0])
-        for role, axes in (("key", set(form.key.axes)), ("query", {axis for q in form.query for axis in q.axes})):
-            if not set(form.features) <= axes:
-                raise NotAnIndexer(f"a sum inside the ReLU runs over an axis that the {role} does not have")
-        missing = [a for a in form.keys if a not in form.key.axes]
-        if missing:
-            raise NotAnIndexer("the keys do not cover the whole axis that is selected along")
+        for part in form.parts:
+            self.check_part(part, rows)
         form.batch = tuple(a for a in rows if a in form.key.axes)
         form.queries = tuple(a for a in rows if a not in form.key.axes)
         if (not form.queries and len(form.batch) > 1) or self.made_from_query(form.key, rows):
-            raise NotAnIndexer(f"each query has keys of its own: {_name(form.key)}")
-        if not self.sums_heads and not form.weights:
-            raise NotAnIndexer("neither a sum over heads nor weights: any linear layer with a ReLU looks like this")
-        if not self.sums_heads and len(form.queries) > 1:
-            raise NotAnIndexer("no sum over heads, and tokens are selected for several axes separately, as heads are")
-        for factor in form.key_factors:
-            _reject(factor, form.heads + form.queries, "a factor inside the ReLU varies over keys and queries", factor)
-        known = set(form.batch + form.queries + form.heads + form.features + form.keys)
-        for access in (*form.query, *form.row_factors, form.key, *form.key_factors, *form.weights):
-            if not set(access.axes) <= known:
-                raise NotAnIndexer(f"{_name(access)} depends on an axis that the score does not have")
-        for weight in form.weights:
-            _reject(weight, form.features, "the weights depend on the features", weight)
+            raise NotAnIndexer(f"each query has keys of its own: {describe(form.key)}", form.key.node)
+        self.unify(form.parts)
+        first = form.parts[0]
+        sums_heads = first.sums_heads
+        weighted = any(part.weights for part in form.parts)
+        if not sums_heads and not weighted:
+            raise NotAnIndexer(
+                "neither a sum over heads nor weights: any linear layer with a ReLU looks like this", form.score.node
+            )
+        if not sums_heads and len(form.queries) > 1:
+            raise NotAnIndexer(
+                "no sum over heads, and tokens are selected for several axes separately, as heads are", form.score.node
+            )
+        for factor in form.key_factors + form.key_weights:
+            place = "inside" if factor in form.key_factors else "outside"
+            _reject(factor.access, form.queries, f"a factor {place} the ReLU varies over keys and queries")
+        if form.key_weights and not weighted:
+            raise NotAnIndexer(
+                f"the weights vary over the keys ({describe(form.key_weights[0].access)})",
+                form.key_weights[0].access.node,
+                "a scale of the keys belongs before the ReLU",
+            )
+        self.check_axes()
+
+    def check_part(self, part: Part, rows: Index) -> None:
+        assert part.key is not None
+        _reject(part.key, part.heads, "the keys carry a head axis")
+        for role, axes in (("key", set(part.key.axes)), ("query", {axis for q in part.query for axis in q.axes})):
+            if not set(part.features) <= axes:
+                raise NotAnIndexer(
+                    f"a sum inside the ReLU runs over an axis that the {role} does not have", part.key.node
+                )
+        if any(axis not in part.key.axes for axis in self.form.keys):
+            raise NotAnIndexer("the keys do not cover the whole axis that is selected along", part.key.node)
+        if not set(part.heads).isdisjoint(part.features):
+            raise NotAnIndexer("one axis is summed both inside and outside the ReLU", part.key.node)
+        for factor in part.key_factors + part.key_weights:
+            _reject(factor.access, part.heads + part.features, "the weights vary over the keys and the heads")
+
+    def unify(self, parts: list[Part]) -> None:
+        """Bring all parts to the first one's feature axes, which their common key tells."""
+        first = parts[0]
+        for part in parts[1:]:
+            assert first.key is not None
+            assert part.key is not None
+            features = matched_features(first, part, {})
+            if features is None:
+                raise NotAnIndexer(
+                    f"the parts of the sum have different keys: {describe(first.key)} and {describe(part.key)}",
+                    part.key.node,
+                )
+            part.features = features
+            for name in ("key_factors", "key_weights"):
+                mine, others = getattr(first, name), getattr(part, name)
+                if len(mine) != len(others) or not all(map(same_factor, mine, others)):
+                    raise NotAnIndexer("the parts of the sum scale their keys differently", part.key.node)
+
+    def check_axes(self) -> None:
+        form = self.form
+        around = set(form.batch + form.queries + form.keys)
+        for part in form.parts:
+            known = around.union(part.heads, part.features)
+            accesses = [*part.query, *(f.access for f in part.row_factors + part.weights + part.key_factors)]
+            for access in [*accesses, *(f.access for f in part.key_weights)]:
+                if not set(access.axes) <= known:
+                    raise NotAnIndexer(
+                        f"{describe(access)} depends on an axis that the score does not have", access.node
+                    )
+            for factor in part.weights:
+                _reject(factor.access, part.features, "the weights depend on the features")
+        summed = tuple(axis for part in form.parts for axis in part.heads + part.features)
         for condition in form.conditions:
-            _reject(condition.access, form.heads + form.features, "the mask depends on the heads", condition.access)
-        if not set(form.heads).isdisjoint(form.features):
-            raise NotAnIndexer("one axis is summed both inside and outside the ReLU")
+            if depends_on(condition.term, summed):
+                raise NotAnIndexer("the mask depends on the heads", _node(condition.term))
 
     def made_from_query(self, key: Access, rows: Index) -> bool:
         """Whether the key is itself a contraction with something that varies over the score's rows."""
@@ -354,14 +385,31 @@ class _Analysis:
         return any(isinstance(f, Access) and not self.varies(f) and f.depends_on(rows) for f in factors)
 
 
-def _reject(access: Access, axes: Index, reason: str, shown: Access) -> None:
+def _pieces_of_sum(
+    axis: Axis, pieces: Iterable[tuple[Index, Access]], outside: _Outside
+) -> Iterable[tuple[Term, _Outside]]:
+    """A sum over what ``cat`` or ``stack`` put together, one piece at a time, with its part of the weights."""
+    start: sympy.Expr = sympy.Integer(0)
+    heads = tuple(head for head in outside.heads if head is not axis)
+    for axes, piece in pieces:
+        weights = tuple(replace(f, access=_part_of(f.access, axis, axes, start)) for f in outside.weights)
+        yield piece, replace(outside, heads=(*heads, *axes), weights=weights)
+        start += product_of_sizes(axes)
+
+
+def _part_of(access: Access, axis: Axis, axes: Index, start: sympy.Expr) -> Access:
+    """``access`` where ``axis`` is ``start`` + the position in ``axes``."""
+    index = tuple((Shifted(axes, start),) if resolved(dim) == (axis,) else dim for dim in access.index)
+    part = Access(access.node, index)
+    if part.depends_on((axis,)):
+        raise NotAnIndexer(f"a sum over parts that {describe(access)} can't be divided into", access.node)
+    return part
+
+
+def _reject(access: Access, axes: Index, reason: str) -> None:
     if access.depends_on(axes):
-        raise NotAnIndexer(f"{reason} ({_name(shown)})")
+        raise NotAnIndexer(f"{reason} ({describe(access)})", access.node)
 
 
-def _op_name(node: Node) -> str:
-    return str(node.target) if node.op == "call_function" else node.op
-
-
-def _name(term: Term) -> str:
-    return f"{_op_name(term.node)} ({term.node.name})" if isinstance(term, Access) else type(term).__name__.lower()
+def _node(term: Term | None) -> Node | None:
+    return term.node if isinstance(term, Access) else None

@@ -20,7 +20,10 @@ class Site:
 
     op: "topk" or "sort".  module: dotted module path and class, "" if the graph does not say.
     location: "file:line" of the model's own code, "" if the graph does not say.
-    reason: why it was left alone; "" if it was rewritten.
+    reason: why it was left alone: the first obligation that failed; "" if it was rewritten.
+    at: the node where it failed, with its module and source line, "" if that is the selection itself.
+    suggestion: a change of the model's code that would make it match, "" where there is no simple one.
+    form: the score in index notation, if it was rewritten.
     topk, heads, head_dim, budget: the indexer's sizes where one was recognised (also if it was then left
         alone by choice); None where it was not.
     notes: what a reader should know besides, e.g. that the score matrix is kept for another consumer.
@@ -30,6 +33,9 @@ class Site:
     module: str = ""
     location: str = ""
     reason: str = ""
+    at: str = ""
+    suggestion: str = ""
+    form: str = ""
     topk: int | None = None
     heads: int | None = None
     head_dim: int | None = None
@@ -77,10 +83,13 @@ class Site:
                 f"{where}: {self.op}({self.topk}) rewritten, block_size={self.budget.block_size} "
                 f"block_topk={self.budget.block_topk}, exact up to {self.exact_up_to} visible tokens"
             ]
+            lines += [f"    {line}" for line in self.form.splitlines()]
             if self.work_before is not None:
                 lines.append(f"    multiply-adds a query: {self.work_before} before, {self.work_after} after")
         else:
             lines = [f"{where}: {self.op} left alone: {self.reason}"]
+            lines += [f"    at {self.at}"] if self.at else []
+            lines += [f"    to be rewritten: {self.suggestion}"] if self.suggestion else []
         return "\n".join(lines + [f"    note: {note}" for note in self.notes])
 
 

@@ -1,0 +1,172 @@
+"""Putting what :mod:`.visibility` found into a graph, as the operator's arguments."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .axes import Access, Index, product_of_sizes
+from .emit import Emitter
+from .terms import AnyOf, Clamped, Compare, FloorDiv, Not, Plus, Position, Product, Scalar, Symbol, Term, Where
+from .visibility import Condition, Vectors
+
+aten = torch.ops.aten
+
+_COMPARISONS = {"<": aten.lt, "<=": aten.le, "==": aten.eq, "!=": aten.ne, ">=": aten.ge, ">": aten.gt}
+# What the operator's windows are made of; a bound is brought into its range before it is cast.
+_LOWEST, _HIGHEST = -(2**31), 2**31 - 2
+
+Value = Node | int | float
+
+
+def visibility_arguments(
+    emit: Emitter, vectors: Vectors, batch: Index, queries: Index, keys: Index, device: torch.device
+) -> dict[str, Node]:
+    """The keyword arguments of ``hisa::indexer_topk`` that say which tokens are visible."""
+    values = _Values(emit, device)
+    arguments: dict[str, Node] = {}
+    masks = list(vectors.masks)
+    rows, tokens = (batch, queries), (batch, keys)
+
+    def bound(terms: Sequence[Term], tightest: Callable[..., Any], step: int) -> Node:
+        found = [values.tensor(term, rows) for term in terms]
+        tensor = found[0]
+        for other in found[1:]:
+            tensor = emit.call(tightest, tensor, other)
+        return emit.cast(emit.call(aten.add.Tensor, tensor, step) if step else tensor, torch.int32)
+
+    def per_key(x: Node) -> Node:
+        return emit.expanded(x, [product_of_sizes(dim) for dim in tokens])
+
+    if vectors.first:
+        arguments["window_start"] = bound(vectors.first, aten.maximum.default, 0)
+    if vectors.last:
+        arguments["window_end"] = bound(vectors.last, aten.minimum.default, 1)
+    if vectors.segments:
+        (query, key), *more = vectors.segments
+        arguments["q_segment"] = values.tensor(query, rows)
+        arguments["k_segment"] = per_key(values.tensor(key, tokens))
+        # The operator compares one pair of ids; others are a mask.
+        masks += [Condition(Compare("==", *pair), True) for pair in more if pair != (query, key)]
+    if vectors.valid:
+        arguments["key_valid"] = per_key(values.all_of(vectors.valid, tokens))
+    if masks:
+        arguments["mask"] = values.all_of(masks, (*rows, keys))
+    return arguments
+
+
+class _Values:
+    """Nodes that compute terms, with one dimension for each of ``dims``; of size 1 where a term does not vary."""
+
+    def __init__(self, emit: Emitter, device: torch.device) -> None:
+        self.emit = emit
+        self.device = device
+
+    def all_of(self, conditions: Sequence[Condition], dims: Sequence[Index]) -> Node:
+        result: Node | None = None
+        for condition in conditions:
+            value = self.boolean(condition.term, dims)
+            if not condition.visible_when:
+                value = self.emit.call(aten.bitwise_not.default, value)
+            result = value if result is None else self.emit.call(aten.bitwise_and.Tensor, result, value)
+        assert result is not None
+        return result
+
+    def tensor(self, term: Term, dims: Sequence[Index]) -> Node:
+        """int64."""
+        value = self.value(term, dims)
+        if isinstance(value, Node) and isinstance(value.meta["val"], torch.Tensor):
+            return self.emit.cast(value, torch.int64)
+        ones = [1] * len(dims)
+        return self.emit.call(aten.full.default, ones, value, dtype=torch.int64, device=self.device, pin_memory=False)
+
+    def boolean(self, term: Term, dims: Sequence[Index]) -> Node:
+        match term:
+            case Not(body):
+                return self.emit.call(aten.bitwise_not.default, self.boolean(body, dims))
+            case Product(parts):
+                return self.fold(aten.bitwise_and.Tensor, [self.boolean(part, dims) for part in parts])
+            case AnyOf(parts):
+                return self.fold(aten.bitwise_or.Tensor, [self.boolean(part, dims) for part in parts])
+            case Where(condition, then, otherwise):
+                return self.emit.call(aten.where.self, *(self.boolean(x, dims) for x in (condition, then, otherwise)))
+            case Compare(kind, left, right):
+                return self.emit.call(_COMPARISONS[kind].Tensor, self.tensor(left, dims), self.tensor(right, dims))
+            case Access():
+                return self.emit.cast(self.emit.arrange(term, dims, keep_missing=True), torch.bool)
+        return self.emit.cast(self.tensor(term, dims), torch.bool)
+
+    def fold(self, target: Callable[..., Any], nodes: Sequence[Node]) -> Node:
+        result = nodes[0]
+        for node in nodes[1:]:
+            result = self.emit.call(target, result, node)
+        return result
+
+    def value(self, term: Term, dims: Sequence[Index]) -> Value:
+        emit = self.emit
+        match term:
+            case Scalar(value):
+                return int(value)
+            case Symbol(node):
+                return node
+            case Access():
+                # In int64 before anything is computed with it.
+                return emit.cast(self.on_device(emit.arrange(term, dims, keep_missing=True)), torch.int64)
+            case Position(index):
+                length = emit.size(product_of_sizes(index))
+                count = emit.call(aten.arange.default, length, dtype=torch.int64, device=self.device, pin_memory=False)
+                return emit.arrange(Access(count, (index,)), dims, keep_missing=True)
+            case Plus(parts):
+                return self.arithmetic(aten.add.Tensor, operator.add, parts, dims)
+            case Product(parts):
+                return self.arithmetic(aten.mul.Tensor, operator.mul, parts, dims)
+            case FloorDiv(body, divisor):
+                x = self.value(body, dims)
+                if isinstance(x, Node) and isinstance(x.meta["val"], torch.Tensor):
+                    return emit.call(aten.div.Tensor_mode, x, divisor, rounding_mode="floor")
+                return x // divisor if not isinstance(x, Node) else emit.call(operator.floordiv, x, divisor)
+            case Clamped(body):
+                # As Inductor's decompositions leave a clamp, which have already run.
+                low = emit.call(aten.clamp_min.default, self.tensor(body, dims), _LOWEST)
+                return emit.call(aten.clamp_max.default, low, _HIGHEST)
+            case Where(condition, then, otherwise):
+                branches = (self.tensor(x, dims) for x in (then, otherwise))
+                return emit.call(aten.where.self, self.boolean(condition, dims), *branches)
+        return emit.cast(self.boolean(term, dims), torch.int64)
+
+    def arithmetic(
+        self,
+        on_tensors: Callable[..., Any],
+        on_numbers: Callable[..., Any],
+        parts: Sequence[Term],
+        dims: Sequence[Index],
+    ) -> Value:
+        total: Value | None = None
+        for part in parts:
+            value = self.value(part, dims)
+            if total is None:
+                total = value
+                continue
+            a, b = (total, value) if _is_tensor(total) or not _is_tensor(value) else (value, total)
+            if _is_tensor(a):
+                total = self.emit.call(on_tensors, a, b)
+            elif isinstance(a, Node) or isinstance(b, Node):
+                total = self.emit.call(on_numbers, a, b)
+            else:
+                total = on_numbers(a, b)
+        assert total is not None
+        return total
+
+    def on_device(self, x: Node) -> Node:
+        """A number that lives on the CPU is brought over; other operands are on the score's device already."""
+        if x.meta["val"].device == self.device:
+            return x
+        return self.emit.call(torch.ops.prims.device_put.default, x, self.device)
+
+
+def _is_tensor(x: Value) -> bool:
+    return isinstance(x, Node) and isinstance(x.meta["val"], torch.Tensor)
