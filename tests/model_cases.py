@@ -88,9 +88,10 @@ def recorded_calls() -> Iterator[list[tuple[dict[str, Any], tuple[Tensor, Tensor
     calls: list[tuple[dict[str, Any], tuple[Tensor, Tensor]]] = []
     original = cpu.indexer_topk_cpu
 
-    def record(q, k, weights, topk, budget, visibility, *rest):  # type: ignore[no-untyped-def]
-        result = original(q, k, weights, topk, budget, visibility, *rest)
+    def record(q, k, weights, topk, budget, visibility, k_scale, k_weight, *rest):  # type: ignore[no-untyped-def]
+        result = original(q, k, weights, topk, budget, visibility, k_scale, k_weight, *rest)
         arguments = {"q": q, "k": k, "weights": weights, "topk": topk, **budget._asdict(), **visibility._asdict()}
+        arguments |= {"k_scale": k_scale, "k_weight": k_weight}
         calls.append(({n: v.clone() if isinstance(v, Tensor) else v for n, v in arguments.items()}, result))
         return result
 

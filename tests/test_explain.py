@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from models import build
+from programs import Program, aten_graph
 from tiny_indexer import Attention, Indexer, flat_selection, hidden_states, seeded
-from torch import nn
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
 
 import hisa_compile
 from hisa_compile import Budget, explain, hisa
@@ -142,3 +151,418 @@ def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match=r"hisa\.blocks"):
         explain(Indexer(), hidden_states(24), hisa_options={"hisa.blocks": 1})
     assert explain(Indexer(), hidden_states(24), hisa_options={"max_autotune": True}).rewritten
+
+
+# Exported programs ------------------------------------------------------------------------------------------------
+
+SMALL = {"hisa.block_size": 4, "hisa.block_topk": 3}
+
+
+class Spelled(nn.Module):
+    """A program of the test matrix as the indexer of a model that is exported."""
+
+    class Indexer(nn.Module):
+        def __init__(self, program: Program) -> None:
+            super().__init__()
+            self.program = program
+
+        def forward(self, *inputs: Tensor) -> Any:
+            with torch.no_grad():
+                return self.program.run(*inputs)
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.indexer = self.Indexer(program)
+
+    # Exported inputs are called as these are.
+    def forward(self, q, k, weights, key_scale, row_scale, q_ids, k_ids, valid, offset, free):
+        return self.indexer(q, k, weights, key_scale, row_scale, q_ids, k_ids, valid, offset, free)
+
+
+def exported(model: nn.Module, *inputs: Any, dynamic: Any = None, strict: bool = False, grad: bool = False):
+    with torch.set_grad_enabled(grad):
+        return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=strict)
+
+
+def everything_in(program: ExportedProgram) -> list[Any]:
+    """All nodes with their provenance, of all graphs of the program."""
+    modules = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    nodes = [(node, id(node), node.format_node(), str(node.meta)) for m in modules for node in m.graph.nodes]
+    return [*nodes, *((id(m), m.code, "forward" in vars(m)) for m in modules), str(program.graph_signature)]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("dynamic", [None, Dim.AUTO, Dim.DYNAMIC], ids=["static", "AUTO", "DYNAMIC"])
+def test_an_exported_program_is_explained_and_not_changed(strict: bool, grad: bool, dynamic: Any, capsys) -> None:
+    """Exported with gradients the indexer is in a body of its own; its module and line are told all the same."""
+    shapes = None if dynamic is None else ({1: dynamic},)
+    program = exported(seeded(Attention), hidden_states(40), dynamic=shapes, strict=strict, grad=grad)
+    assert ("wrap_with_set_grad_enabled" in str(program)) == grad
+    before = everything_in(program)
+    for _ in range(2):
+        report = explain(program, hisa_options={"hisa.block_size": 8})
+        (site,) = report.rewritten
+        assert (site.budget, site.topk, site.heads, site.head_dim) == (Budget(8, 16), 4, 16, 8)
+        assert site.module == "indexer (Indexer)"
+        # Non-strict export notes the frames of modules only.
+        line = _line(flat_selection, "flat_scores") if strict else _line(Indexer.forward, "flat_selection")
+        assert site.location.endswith(f"tiny_indexer.py:{line}")
+        assert capsys.readouterr().out.strip() == str(report)
+    assert everything_in(program) == before
+    program.module()(hidden_states(40))
+
+
+@pytest.mark.parametrize("table", [{}, None], ids=["inference IR", "core ATen"])
+def test_a_program_that_is_decomposed_already_is_explained(table: Any) -> None:
+    """Whatever was done before; what was exported without gradients keeps its module stacks through it."""
+    program = exported(seeded(Attention), hidden_states(40), dynamic=({1: Dim.AUTO},)).run_decompositions(table)
+    before = everything_in(program)
+    (site,) = explain(program).rewritten
+    assert (site.heads, site.module) == (16, "indexer (Indexer)")
+    assert everything_in(program) == before
+    again = exported(seeded(Attention), hidden_states(40), grad=True).run_decompositions(table)
+    assert [site.heads for site in explain(again).rewritten] == [16]
+
+
+EXPORTED = [
+    Program(mask="everything", scale="negative"),
+    Program(layout="sbhd", mask="four_dimensional", scale="key_after"),
+    Program(head_sum="loop", mask="add_inf", upcast=True),
+    Program(relu="in_place", mask="tensor_offset", layout="two_heads"),
+    Program(selection="sort", mask="packed", outputs="both"),
+    Program(chunks=2, mask="chunked"),
+]
+
+
+@pytest.mark.parametrize("program", EXPORTED, ids=lambda program: f"{program.mask}-{program.layout}")
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_spellings_are_seen_in_exported_programs(program: Program, dynamic: bool) -> None:
+    """In-place operations are made functional; S and T may be symbols where the queries are in one piece."""
+    inputs = program.inputs()
+    if dynamic and program.chunks > 1:
+        dynamic = False
+    lengths = (program.queries, program.tokens)
+    shapes = tuple({d: Dim.AUTO for d, size in enumerate(x.shape) if size in lengths} for x in inputs)
+    # Two of them with gradients: the other way in.
+    grad = program.layout != "bshd"
+    ep = exported(Spelled(program), *inputs, dynamic=shapes if dynamic else None, grad=grad)
+    before = everything_in(ep)
+    report = explain(ep, hisa_options=SMALL)
+    assert len(report.rewritten) == len(report.sites) == program.chunks
+    assert all((site.module, site.budget) == ("indexer (Indexer)", Budget(4, 3)) for site in report.sites)
+    assert everything_in(ep) == before
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_a_transformers_model_is_explained_from_its_export(grad: bool) -> None:
+    """Both indexers of a DeepSeek-V3.2 are found by their modules, its router and experts are left alone."""
+    ids = torch.randint(2, 97, (2, 30))
+    shapes = ({1: Dim.DYNAMIC}, None) if grad else None
+    with torch.set_grad_enabled(grad):
+        model = build("deepseek_v32", attention="sdpa")
+        ep = torch.export.export(model, (ids,), {"use_cache": False}, dynamic_shapes=shapes, strict=not grad)
+    before = [node.format_node() for node in ep.graph.nodes]
+    report = explain(ep)
+    assert [site.module for site in report.rewritten] == [
+        f"model.layers.{layer}.self_attn.indexer (DeepseekV32Indexer)" for layer in (0, 1)
+    ]
+    assert all("modeling_deepseek_v32.py:" in site.location for site in report.rewritten)
+    assert {site.module.rpartition(" ")[2] for site in report.left_alone} == {
+        "(DeepseekV32TopkRouter)",
+        "(DeepseekV32Experts)",
+    }
+    assert [node.format_node() for node in ep.graph.nodes] == before
+
+
+class Stateful(Attention):
+    """Counts its calls in place, runs its indexer under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            positions = self.indexer(x)
+        return positions + self.calls
+
+
+class Conditional(Attention):
+    """An indexer in each branch of a condition."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: self.indexer(x), lambda x: self.indexer(x + 1), (x,))
+
+
+def test_bodies_of_higher_order_operators_are_explained() -> None:
+    """Autocast's with module and line; those of a condition once each."""
+    program = exported(seeded(Stateful), hidden_states(40), grad=True)
+    assert "wrap_with_autocast" in str(program)
+    before = everything_in(program)
+    (site,) = explain(program).rewritten
+    assert (site.module, "tiny_indexer.py:" in site.location) == ("indexer (Indexer)", True)
+    assert everything_in(program) == before
+    assert float(program.state_dict["calls"]) == 0
+    program = exported(seeded(Conditional), hidden_states(40), strict=True)
+    assert [site.heads for site in explain(program).rewritten] == [16, 16]
+
+
+def test_marks_reach_an_exported_program() -> None:
+    """A region that is opted out stays so, also within a body that hides it.
+
+    Export without Dynamo notes marks only if it is asked to keep what the code says of its nodes.
+    """
+
+    class Off(Attention):
+        def __init__(self) -> None:
+            super().__init__(type("OffIndexer", (Indexer,), {"forward": hisa(enabled=False)(Indexer.forward)}))
+
+    for grad in (False, True):
+        (site,) = explain(exported(seeded(Off), hidden_states(40), grad=grad, strict=True)).sites
+        assert "opted out" in site.reason
+        with torch.fx.traceback.preserve_node_meta():
+            program = exported(seeded(Off), hidden_states(40), grad=grad)
+        (site,) = explain(program).sites
+        assert "opted out" in site.reason
+
+
+def test_a_router_in_an_exported_program_is_left_alone() -> None:
+    """With the reason, and with the graph as it was."""
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(12, 8, bias=False)
+            self.register_buffer("bias", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.gate(x).sigmoid() + self.bias).topk(2, dim=-1).indices
+
+    program = exported(Router(), hidden_states(24), grad=True)
+    before = everything_in(program)
+    (site,) = explain(program).sites
+    assert "no ReLU" in site.reason
+    assert site.location.endswith(f"test_explain.py:{_line(Router.forward, 'topk')}")
+    assert everything_in(program) == before
+
+
+def test_a_program_takes_no_inputs_and_wrong_options_are_refused() -> None:
+    """Its shapes are in it."""
+    program = exported(seeded(Indexer), hidden_states(24))
+    with pytest.raises(TypeError, match=r"explain\(program\)"):
+        explain(program, hidden_states(24))
+    with pytest.raises(TypeError, match=r"explain\(program\)"):
+        explain(program, x=hidden_states(24))
+    with pytest.raises(ValueError, match=r"hisa\.blocks"):
+        explain(program, hisa_options={"hisa.blocks": 1})
+    assert explain(program, hisa_options={"hisa.scope": "marked"}).rewritten == ()
+
+
+def test_a_graph_of_aten_operations_is_explained_as_it_stands() -> None:
+    """It is not changed; other graphs without inputs are refused, and with inputs any graph is a model."""
+    program = Program(mask="hidden")
+    graph = aten_graph(program.run, program.inputs())
+    before = [(id(node), node.format_node()) for node in graph.graph.nodes]
+    (site,) = explain(graph, hisa_options=SMALL).rewritten
+    assert site.budget == Budget(4, 3)
+    assert [(id(node), node.format_node()) for node in graph.graph.nodes] == before
+    torch_level = torch.fx.symbolic_trace(torch.nn.Sequential(nn.Linear(12, 8), nn.ReLU()))
+    with pytest.raises(TypeError, match=r"meta\['val'\].*explain\(model, \*inputs\)"):
+        explain(torch_level)
+    assert explain(torch_level, hidden_states(3)).sites == ()
+    module = exported(seeded(Indexer), hidden_states(24)).module()
+    assert explain(module, hidden_states(24)).rewritten
+
+
+# What is printed --------------------------------------------------------------------------------------------------
+
+
+def _line(function: Callable[..., Any], text: str) -> int:
+    """The number of the only line of ``function`` with ``text``."""
+    lines, first = inspect.getsourcelines(function)
+    (found,) = [number for number, line in enumerate(lines) if text in line]
+    return first + found
+
+
+class NearMiss:
+    """Indexers but for one thing; ``# here`` is the line that the report must point at."""
+
+    @staticmethod
+    def no_relu(q, k, w):
+        scores = (torch.einsum("bshd,btd->bsht", q, k) * w[..., None]).sum(2)
+        return scores.topk(6).indices  # here
+
+    @staticmethod
+    def gelu(q, k, w):
+        scores = (F.gelu(torch.einsum("bshd,btd->bsht", q, k)) * w[..., None]).sum(2)
+        return scores.topk(6).indices  # here
+
+    @staticmethod
+    def smallest(q, k, w):
+        scores = (torch.einsum("bshd,btd->bsht", q, k).relu() * w[..., None]).sum(2)
+        return scores.topk(6, largest=False).indices  # here
+
+    @staticmethod
+    def finite_fill(q, k, w):
+        scores = (torch.einsum("bshd,btd->bsht", q, k).relu() * w[..., None]).sum(2)
+        scores = scores.masked_fill(torch.arange(21) > 9, -1.0)  # here
+        return scores.topk(6).indices
+
+    @staticmethod
+    def float64(q, k, w):
+        scores = (torch.einsum("bshd,btd->bsht", q.double(), k.double()).relu() * w[..., None]).sum(2)  # here
+        return scores.topk(6).indices
+
+    @staticmethod
+    def mask_inside(q, k, w):
+        per_head = torch.einsum("bshd,btd->bsht", q, k).relu()
+        per_head = per_head.masked_fill(torch.arange(21) > 9, float("-inf"))  # here
+        return (per_head * w[..., None]).sum(2).topk(6).indices
+
+    @staticmethod
+    def weights_over_keys(q, k, w):
+        weights = k.sum(-1)  # here
+        per_head = torch.einsum("bshd,btd->bsht", q, k).relu()
+        return (per_head * weights[:, None, None]).sum(2).topk(6).indices
+
+    @staticmethod
+    def added(q, k, w):
+        scores = (torch.einsum("bshd,btd->bsht", q, k).relu() * w[..., None]).sum(2)
+        bias = w.sum(-1, keepdim=True) * torch.arange(21)  # here
+        return (scores + bias).topk(6).indices
+
+    @staticmethod
+    def share_of_the_keys(q, k, w):
+        scores = (torch.einsum("bshd,btd->bsht", q, k).relu() * w[..., None]).sum(2)
+        return scores.topk(k.shape[1] // 2).indices  # here
+
+    @staticmethod
+    def whole_sort(q, k, w):
+        scores = (torch.einsum("bshd,btd->bsht", q, k).relu() * w[..., None]).sum(2)
+        order = scores.sort(descending=True).indices
+        return order * 2  # here
+
+    @staticmethod
+    def own_keys(q, k, w):
+        keys = k[:, None] * w.sum(-1)[:, :, None, None]  # here
+        scores = (torch.einsum("bshd,bstd->bsht", q, keys).relu() * w[..., None]).sum(2)
+        return scores.topk(6).indices
+
+    @staticmethod
+    def values(q, k, w):
+        scores = (torch.einsum("bshd,btd->bsht", q, k).relu() * w[..., None]).sum(2)
+        return scores.topk(6).values  # here
+
+    @staticmethod
+    def plain(q, k, w):
+        scores = (torch.einsum("bshd,btd->bsht", q, k).relu() * w[..., None]).sum(2)
+        return scores.topk(6).indices  # here
+
+
+# program, the reason, the node, the suggestion ("" where there is none), options
+PRINTED: dict[str, tuple[str, str, str, str, dict[str, Any]]] = {
+    "no ReLU": ("no_relu", "no ReLU between the selection and", r"at \S+", "", {}),
+    "another activation": ("gelu", "no ReLU between the selection and", r"at \S+", "", {}),
+    "smallest": ("smallest", "keeps the smallest scores", r"at aten\.sum", r"topk\(-score, largest=False\)", {}),
+    "finite fill": ("finite_fill", "neither of which hides a token", r"at aten\.gt", "-inf or torch.finfo", {}),
+    "float64": ("float64", r"computed in torch\.float64", r"at aten\.", "compute the score in float32", {}),
+    "mask inside": ("mask_inside", "inside the sum over heads", r"at aten\.gt", "after the sum over heads", {}),
+    "weights over keys": ("weights_over_keys", "vary over the keys", r"at aten\.sum", "belongs before the ReLU", {}),
+    "added": ("added", "added to the score that is not provably a mask", r"at aten\.", "by a bool mask", {}),
+    "k is no number": ("share_of_the_keys", "neither a number nor min", "at .*floordiv", "select a fixed number", {}),
+    "whole sort": ("whole_sort", "a full sort, not a top-k", r"at aten\.mul", "", {}),
+    "own keys": ("own_keys", "each query has keys of its own", r"at aten\.", "", {}),
+    "values in training": ("values", "a gradient may flow", "at .*getitem", r"under torch\.no_grad\(\)", {}),
+    "opted out": ("plain", "opted out by its mark", "", "", {}),
+    "scope": ("plain", "not in a marked region", "", "decorate .* with hisa_compile.hisa", {"hisa.scope": "marked"}),
+    "budget": (
+        "plain",
+        "got 2 \\* 1 = 2 candidates, expected at least topk = 6",
+        "",
+        "",
+        {"hisa.block_size": 1, "hisa.block_topk": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_a_near_miss_is_printed_with_reason_node_line_and_what_would_help(name: str, capsys) -> None:
+    """The line is one of the user's own code."""
+    function, reason, node, suggestion, options = PRINTED[name]
+    run = getattr(NearMiss, function)
+    line = _line(run, "# here")
+    q, k, w = torch.randn(2, 5, 3, 4), torch.randn(2, 21, 4), torch.randn(2, 5, 3)
+    if name == "values in training":
+        q.requires_grad_()
+    if name == "k is no number":
+        torch._dynamo.mark_dynamic(k, 1)
+    report = explain(hisa(enabled=False)(run) if name == "opted out" else run, q, k, w, hisa_options=options)
+    printed = capsys.readouterr().out
+    assert printed.strip() == str(report)
+    assert report.summary().startswith("0 of 1 selections")
+    first, *rest = printed.splitlines()[1:]
+    place = f"test_explain.py:{line}"
+    assert re.search(f"left alone: .*{reason}", first), printed
+    assert place in printed, printed
+    at = [text for text in rest if text.startswith("    at ")]
+    assert bool(at) == bool(node), printed
+    assert not node or re.search(node, at[0]), printed
+    help_ = [text for text in rest if text.startswith("    to be rewritten: ")]
+    assert not suggestion or re.search(suggestion, help_[0]), printed
+
+
+NOTATION = {
+    "causal prefill": (
+        Program(mask="visible"),
+        "score[b,s,t] = sum_h weights[b,s,h] * relu(sum_d q[b,s,h,d] * k[b,t,d])",
+        "visible where t <= unsqueeze[s,0]",
+    ),
+    "padded and packed": (
+        Program(mask="everything", scale="negative"),
+        "score[b,s,t] = sum_h weights[b,s,h] * relu(-0.5 * sum_d q[b,s,h,d] * k[b,t,d])",
+        "visible where t >= sub[s,0] and t <= unsqueeze[s,0] and unsqueeze[b,s,0] == k_ids[b,t] and valid[b,t]",
+    ),
+    "loop over heads": (
+        Program(head_sum="loop", heads=2),
+        "score[b,s,t] = (select[b,s] * relu(sum_d0 slice[b,s,0,d0] * k[b,t,d0])"
+        " + select[b,s] * relu(sum_d1 slice[b,s,0,d1] * k[b,t,d1]))",
+    ),
+    "two heads axes": (
+        Program(layout="two_heads", mask="free"),
+        "score[b,s,t] = sum_h0h1 weights[b,s,h0h1] * relu(sum_d q[b,s,h0h1,d] * k[b,t,d])",
+        "visible where free[b,s,t]",
+    ),
+    "sequence first, key scales": (
+        Program(layout="sbhd", scale="key_on_product", upcast=True),
+        "score[b,s,t] = sum_h weights[s,b,h] * relu(key_scale[b,t] * sum_d q[s,b,h,d] * k[t,b,d])",
+    ),
+    "weights of the keys": (
+        Program(scale="key_after"),
+        "score[b,s,t] = key_scale[b,t] * sum_h weights[b,s,h] * relu(sum_d q[b,s,h,d] * k[b,t,d])",
+    ),
+    "heads of equal weight": (
+        Program(head_sum="none", scale="after_relu"),
+        "score[b,s,t] = 0.5 * sum_h relu(sum_d q[b,s,h,d] * k[b,t,d])",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTATION)
+def test_a_match_is_printed_in_index_notation(name: str, capsys) -> None:
+    """The export's inputs keep their names; what the graph computes has ATen's, whose numbers are left out here."""
+    program, *expected = NOTATION[name]
+    explain(exported(Spelled(program), *program.inputs()), hisa_options=SMALL)
+    summary, site, *lines = capsys.readouterr().out.splitlines()
+    assert summary == "1 of 1 selections (top-k or sort) rewritten to hisa::indexer_topk"
+    line = _line(Spelled.Indexer.forward, "program.run")
+    assert re.fullmatch(
+        rf"indexer \(Indexer\) \S*test_explain\.py:{line}: topk\(6\) rewritten, block_size=4 block_topk=3, "
+        r"exact up to 12 visible tokens",
+        site,
+    )
+    form = [text.strip() for text in lines if text.startswith(("    score", "    visible"))]
+    assert [re.sub(r"\b([a-z]+)_\d+\[", r"\1[", text) for text in form] == expected
+    assert [text for text in lines if "multiply-adds" in text]
+    assert lines[-1] == "    note: sorted, for output (output)"

@@ -252,7 +252,7 @@ def broadcast(index: Sequence[Index], out_sizes: Sequence[Size], sizes: Sequence
     for dim, out_size, size in zip(index[lead:], out_sizes[lead:], sizes, strict=True):
         if size_expr(size) == 1:
             out.append(())
-        elif statically_known_true(size != 1) or same_size(size_expr(size), size_expr(out_size)):
+        elif same_size(size_expr(size), size_expr(out_size)) or statically_known_true(size != 1):
             out.append(dim)
         else:
             return None

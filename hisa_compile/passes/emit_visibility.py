@@ -32,20 +32,25 @@ def visibility_arguments(
     masks = list(vectors.masks)
     rows, tokens = (batch, queries), (batch, keys)
 
-    def bound(terms: Sequence[Term], tightest: Callable[..., Any], step: int) -> Node:
-        found = [values.tensor(term, rows) for term in terms]
+    def bound(found: Sequence[Node], tightest: Callable[..., Any]) -> Node:
         tensor = found[0]
         for other in found[1:]:
             tensor = emit.call(tightest, tensor, other)
-        return emit.cast(emit.call(aten.add.Tensor, tensor, step) if step else tensor, torch.int32)
+        return emit.cast(tensor, torch.int32)
+
+    def past(term: Term) -> Node:
+        """One position after the last one that is visible."""
+        if isinstance(term, Clamped) and isinstance(term.body, Plus) and term.body.terms[-1] == Scalar(-1):
+            return values.tensor(Clamped(Plus(term.body.terms[:-1])), rows)
+        return emit.call(aten.add.Tensor, values.tensor(term, rows), 1)
 
     def per_key(x: Node) -> Node:
         return emit.expanded(x, [product_of_sizes(dim) for dim in tokens])
 
     if vectors.first:
-        arguments["window_start"] = bound(vectors.first, aten.maximum.default, 0)
+        arguments["window_start"] = bound([values.tensor(term, rows) for term in vectors.first], aten.maximum.default)
     if vectors.last:
-        arguments["window_end"] = bound(vectors.last, aten.minimum.default, 1)
+        arguments["window_end"] = bound([past(term) for term in vectors.last], aten.minimum.default)
     if vectors.segments:
         (query, key), *more = vectors.segments
         arguments["q_segment"] = values.tensor(query, rows)

@@ -217,7 +217,10 @@ class _Analysis:
                 case Sum(axes, body):
                     todo.append((body, replace(outside, heads=(*outside.heads, *axes), sums_heads=True)))
                 case Plus(parts):
-                    missing = [part for part in parts if not self.varies(part)]
+                    self.blocker = None
+                    missing = [part for part in parts if not self.varies(part) or not self.holds_relu(part)]
+                    if len(missing) == len(parts):
+                        raise self.no_relu(parts[0])
                     if missing:
                         raise NotAnIndexer(
                             f"a term is added to the score that is not provably a mask: {describe(missing[0])}",

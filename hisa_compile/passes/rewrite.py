@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
+import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
@@ -28,6 +30,7 @@ from .obligations import GraphFacts, check_obligations
 from .report import Site
 from .selection import TAKES_PART, TOPK, Selection, module_path, selections, source_location
 from .settings import Mark, PassSettings, mark_of
+from .terms import signature
 from .visibility import Vectors, take_apart
 
 log = logging.getLogger("hisa_compile")
@@ -62,6 +65,9 @@ class _Rewriting:
         self.settings = settings
         self.facts = facts
         self.sites: dict[Node, Site] = {}
+        # Visibility arguments that are in the graph already, by what they are made of; those of the site at hand.
+        self.visible: dict[Any, dict[str, Node]] = {}
+        self.pending: list[Any] = []
         # Who may tell the order of the entries of the selection at hand; None: nobody.
         self.asks_for_order: Node | None = None
 
@@ -173,13 +179,14 @@ class _Rewriting:
         try:
             found = self.emit(emit, proofs, chunks)
         except Exception as error:
-            emit.roll_back()
+            self.roll_back(emit)
             if isinstance(error, UnknownSizeError):
                 raise NotAnIndexer(f"an indexer, but {error}") from None
             raise
         if found is None:
-            emit.roll_back()
+            self.roll_back(emit)
             return False
+        self.pending.clear()
         for getter, replacement in found:
             getter.replace_all_uses_with(replacement)
         for proof in proofs:
@@ -188,13 +195,16 @@ class _Rewriting:
         self.erase_unused([*emit.added, *(getter for getter, _ in found), *ends])
         return True
 
+    def roll_back(self, emit: Emitter) -> None:
+        emit.roll_back()
+        for key in self.pending:
+            del self.visible[key]
+        self.pending.clear()
+
     def emit(self, emit: Emitter, proofs: list[Proof], chunks: Chunks | None) -> list[tuple[Node, Node]] | None:
         selection, form = proofs[0].selection, proofs[0].form
         device = selection.score.meta["val"].device
-        visibility = [
-            visibility_arguments(emit, proof.vectors, proof.form.batch, proof.form.queries, proof.form.keys, device)
-            for proof in proofs
-        ]
+        visibility = [self.visibility(emit, proof, device) for proof in proofs]
         arguments: dict[str, Node] | None = visibility[0]
         dim = selection.dim % len(form.score.index)
         if chunks is not None:
@@ -208,6 +218,19 @@ class _Rewriting:
         in_order = self.asks_for_order is not None
         call = indexer_call(emit, form, selection.topk, proofs[0].budget, in_order, arguments or {})
         return outputs_of(emit, selection, form, call, dim)
+
+    def visibility(self, emit: Emitter, proof: Proof, device: torch.device) -> dict[str, Node]:
+        """The visibility arguments; layers that share a mask share what is made of it."""
+        form = proof.form
+        roles = (form.batch, form.queries, form.keys)
+        labels = {axis: (role, number) for role, axes in enumerate(roles) for number, axis in enumerate(axes)}
+        sizes = tuple(axis.size for axes in roles for axis in axes)
+        key = (*(signature(condition, labels) for condition in form.conditions), sizes, device)
+        # A later selection may have been rewritten first, together with its chunks.
+        if not all(node < emit.before for node in self.visible.get(key, {"": emit.before}).values()):
+            self.visible[key] = visibility_arguments(emit, proof.vectors, *roles, device)
+            self.pending.append(key)
+        return self.visible[key]
 
     def erase_unused(self, nodes: list[Node]) -> None:
         """Erase the nodes that nobody uses any more, and what only they used."""

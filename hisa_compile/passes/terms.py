@@ -7,13 +7,13 @@ read off these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeAlias
 
 from torch.fx import Node
 
-from .axes import Access, Axis, Index, loops, resolved
+from .axes import Access, Axis, Index, Shifted, loops, resolved
 
 # Arithmetic -----------------------------------------------------------------------------------------------------
 
@@ -173,6 +173,19 @@ def leaves(term: Term) -> Iterator[Access | Position | Symbol]:
             yield from leaves(right)
         case Inverse(body) | Sum(_, body) | Relu(body) | Not(body) | Abs(body) | Clamped(body) | FloorDiv(body, _):
             yield from leaves(body)
+
+
+def signature(value: Any, labels: Mapping[Axis, Any]) -> Any:
+    """The term with its axes replaced by their labels: equal for terms that differ in the names of axes only."""
+    if isinstance(value, Shifted):
+        return ("shifted", signature(value.of, labels), value.start)
+    if isinstance(value, Axis):
+        return labels.get(value, value) if value.parts is None else signature(value.parts, labels)
+    if isinstance(value, tuple):
+        return tuple(signature(part, labels) for part in value)
+    if is_dataclass(value):
+        return (type(value), *(signature(getattr(value, each.name), labels) for each in fields(value)))
+    return value
 
 
 def depends_on(term: Term, axes: Index) -> bool:

@@ -189,26 +189,35 @@ class _Reader:
     def bound(self, kind: str, factor: int, term: Term, rows: Term) -> None:
         """Note ``factor * term kind rows`` where the term is made of the key's position."""
         if kind == "<":
-            kind, rows = "<=", Plus((rows, Scalar(-1)))
+            kind, rows = "<=", _plus(rows, -1)
         elif kind == ">":
-            kind, rows = ">=", Plus((rows, Scalar(1)))
+            kind, rows = ">=", _plus(rows, 1)
         if factor < 0:
             kind, factor, rows = _MIRRORED[kind], -factor, Product((rows, Scalar(-1)))
         if factor != 1:
             # The largest integer below, or the smallest above.
-            up = Scalar(factor - 1 if kind == ">=" else 0)
-            rows = FloorDiv(Plus((rows, up)), factor)
+            rows = FloorDiv(_plus(rows, factor - 1 if kind == ">=" else 0), factor)
         if isinstance(term, Position):
             (self.found.last if kind == "<=" else self.found.first).append(Clamped(rows))
             return
         assert isinstance(term, FloorDiv)
         # floor(x / d) <= r  <=>  x <= d r + d - 1;   floor(x / d) >= r  <=>  x >= d r
         limit = Product((Clamped(rows), Scalar(term.divisor)))
-        up = Scalar(term.divisor - 1 if kind == "<=" else 0)
-        self.compare(kind, term.body, Plus((limit, up)))
+        self.compare(kind, term.body, _plus(limit, term.divisor - 1 if kind == "<=" else 0))
 
 
 _ANY, _NONE = Scalar(2**31 - 2), Scalar(-1)
+
+
+def _plus(term: Term, number: int) -> Term:
+    """The sum with the number as its last term, if it is not 0."""
+    terms = term.terms if isinstance(term, Plus) else (term,)
+    if isinstance(terms[-1], Scalar):
+        number += int(terms[-1].value)
+        terms = terms[:-1]
+    if not terms:
+        return Scalar(number)
+    return Plus((*terms, Scalar(number))) if number else terms[0] if len(terms) == 1 else Plus(terms)
 
 
 def _scaled(term: Term, factor: int) -> Term:
