@@ -39,8 +39,8 @@ def explain(
     An exported program has its inputs' shapes in it and is not run: ``explain(torch.export.export(model, inputs))``.
     A copy of it is decomposed as Inductor would and analysed, with the bodies of its higher-order operators,
     as a program for inference; the program itself is not changed.  Marks (:func:`hisa_compile.hisa`) are in programs
-    exported with ``strict=True`` or under ``torch.fx.traceback.preserve_node_meta()``.  A ``torch.fx.GraphModule`` of ATen operations
-    that is given without inputs is analysed as it stands.
+    exported with ``strict=True`` or under ``torch.fx.traceback.preserve_node_meta()``.  A ``torch.fx.GraphModule``
+    of ATen operations that is given without inputs is analysed as it stands.
 
     Args:
         model: a module or function, compiled by ``torch.compile`` or not; an exported program; a graph.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -27,19 +27,20 @@ import hisa_compile
 from hisa_compile.ops import reference
 from hisa_compile.passes import rewrite
 
-# A query's row of S x T elements must be larger than what an indexer makes for a query: B x H x D = 2 * 14 * 10 = 280
-# elements of q, twice the hidden size, ...  Then a tensor of S x T elements or more is one that has both axes.  Likewise
-# for a key: S > B x D = 20.  (14 heads: fewer, and eager mode has scores that are equal because all ReLUs are 0.)
+# Sizes for which a tensor of S x T elements or more must have both axes.  What an indexer makes for its queries is at
+# most q, S elements times B x H x D = 2 * 14 * 10 = 280 (the hidden size is 48): fewer than S x T for T > 280.  What it
+# makes for its keys is T elements times 2 * B x D = 40 at most: fewer for S > 40.
+# (14 heads: with few of them eager mode has to choose among scores that are equal because all ReLUs are 0.)
 SIZES = {"index_head_dim": 10}
-TOKENS = 283
-# DeepSeek-V4 has a key for every 4 tokens, 281 of them; its last 3 tokens are in none.
+TOKENS, CHUNK = 283, 41
+# DeepSeek-V4 has a key for every 4 tokens: 281 of them, and 3 tokens that are in none.
 COMPRESSED = 4
-COMPRESSED_TOKENS = 1127
+COMPRESSED_TOKENS, COMPRESSED_CHUNK = 1127, 87
 # All of the context: what is selected is what eager mode selects.
 FITS = {"hisa.block_size": 32, "hisa.block_topk": 10}
-# What a model of a single layer, which compiles faster, needs to be told; of the last layer of each model.
+# What a model of a single layer, which compiles faster, needs to be told.
 ONE_LAYER = {
-    "mlp_layer_types": ["sparse"],
+    "mlp_layer_types": ["dense"],
     "indexer_types": ["full"],
     "layer_types": ["compressed_sparse_attention"],
 }
@@ -55,17 +56,16 @@ PADDING = {"window_end", "key_valid"}
 class Situation:
     """What the model is called with.
 
-    cache: none, dynamic or static.  history: tokens that the cache holds already, of ``tokens`` in all (counted from
-    the end where negative).  padding: side of the attention mask's zeros.  packed: position ids that start over.
-    vectors: the operator's arguments that say all of it.
+    vectors: the operator's arguments that say what is hidden.  cache: none, dynamic or static.  new: tokens of the call
+    after those that the cache holds already; None: all.  padding: side of the attention mask's zeros.  positions: none
+    are given; packed, they start over; or generated, as ``generate`` counts them past padding.
     """
 
     vectors: frozenset[str]
     cache: str = "none"
-    history: int = 0
+    new: int | None = None
     padding: str = ""
-    packed: bool = False
-    short: bool = False
+    positions: str = ""
 
 
 SITUATIONS = {
@@ -73,19 +73,21 @@ SITUATIONS = {
     "causal": Situation(frozenset(SEGMENTS)),
     "left": Situation(frozenset(PADDING), padding="left"),
     "right": Situation(frozenset(PADDING), padding="right"),
-    "packed": Situation(frozenset(SEGMENTS), packed=True),
+    "packed": Situation(frozenset(SEGMENTS), positions="packed"),
     "dynamic_prefill": Situation(frozenset(WINDOW), cache="dynamic"),
-    "dynamic_decode": Situation(frozenset(WINDOW), cache="dynamic", history=-1, short=True),
-    "dynamic_chunk": Situation(frozenset(WINDOW), cache="dynamic", history=-41),
+    "dynamic_decode": Situation(frozenset(WINDOW), cache="dynamic", new=1),
+    "dynamic_chunk": Situation(frozenset(WINDOW), cache="dynamic", new=CHUNK),
     "static_prefill": Situation(frozenset(WINDOW), cache="static"),
-    "static_decode": Situation(frozenset(WINDOW), cache="static", history=-1, short=True),
-    "static_chunk": Situation(frozenset(WINDOW), cache="static", history=-41),
+    "static_decode": Situation(frozenset(WINDOW), cache="static", new=1),
+    "static_chunk": Situation(frozenset(WINDOW), cache="static", new=CHUNK),
     # As model.generate() calls a model with a padded batch of prompts.
-    "left_dynamic_prefill": Situation(frozenset(PADDING), cache="dynamic", padding="left"),
-    "left_dynamic_decode": Situation(frozenset(PADDING), cache="dynamic", history=-1, padding="left", short=True),
-    "left_dynamic_chunk": Situation(frozenset(PADDING), cache="dynamic", history=-41, padding="left"),
-    "left_static_prefill": Situation(frozenset(PADDING), cache="static", padding="left"),
-    "left_static_decode": Situation(frozenset(PADDING), cache="static", history=-1, padding="left", short=True),
+    "left_dynamic_prefill": Situation(frozenset(PADDING), cache="dynamic", padding="left", positions="generated"),
+    "left_dynamic_decode": Situation(frozenset(PADDING), cache="dynamic", new=1, padding="left", positions="generated"),
+    "left_dynamic_chunk": Situation(
+        frozenset(PADDING), cache="dynamic", new=CHUNK, padding="left", positions="generated"
+    ),
+    "left_static_prefill": Situation(frozenset(PADDING), cache="static", padding="left", positions="generated"),
+    "left_static_decode": Situation(frozenset(PADDING), cache="static", new=1, padding="left", positions="generated"),
 }
 
 
@@ -98,6 +100,7 @@ class Case:
     dynamic: bool = False
     batch: int = 2
     whole: bool = True
+    length: int = 0
 
     def __str__(self) -> str:
         shapes = "dynamic" if self.dynamic else "static"
@@ -118,9 +121,14 @@ class Case:
         return MODELS[self.model][3] if self.whole else 1
 
     def make_model(self) -> Any:
-        one = {} if self.whole else {name: value for name, value in ONE_LAYER.items() if name in MODELS[self.model][2]}
-        layers = {} if self.whole else {"num_hidden_layers": 1}
-        return build(self.model, self.dtype, self.attention, **SIZES, **layers, **one)
+        one: dict[str, Any] = (
+            {} if self.whole else {name: value for name, value in ONE_LAYER.items() if name in MODELS[self.model][2]}
+        )
+        if not self.whole:
+            one["num_hidden_layers"] = 1
+            if self.compressed:
+                one["mlp_layer_types"] = ["moe"]
+        return build(self.model, self.dtype, self.attention, **SIZES, **one)
 
     @property
     def possible(self) -> bool:
@@ -130,15 +138,22 @@ class Case:
     @property
     def tokens(self) -> int:
         """Of the whole context."""
-        if self.called.short:
+        if self.length:
+            return self.length
+        if self.called.new == 1:
             return 72 if self.compressed else 30
         return COMPRESSED_TOKENS if self.compressed else TOKENS
 
     @property
     def history(self) -> int:
-        if self.called.history == -41 and self.compressed:
-            return self.tokens - 87
-        return self.called.history % self.tokens
+        """Tokens that the cache holds before the call."""
+        match self.called.new:
+            case None:
+                return 0
+            case int(new) if new == CHUNK and self.compressed:
+                return self.tokens - COMPRESSED_CHUNK
+            case int(new):
+                return self.tokens - new
 
     @property
     def vectors(self) -> frozenset[str]:
@@ -158,23 +173,24 @@ class Case:
         return mask
 
     def position_ids(self) -> Tensor | None:
-        """int64 [B, tokens] that start over at other places in each entry of the batch."""
-        if not self.called.packed:
+        """int64 [B, tokens]; sequences start at other places in each entry of the batch."""
+        if self.called.positions == "generated":
+            attention_mask = self.attention_mask()
+            assert attention_mask is not None
+            return (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+        if not self.called.positions:
             return None
-        position = torch.arange(self.tokens)
-        starts = ((0, 50, 51, 190), (0, 101), (0,))
-        rows = []
-        for entry in range(self.batch):
-            first = torch.zeros(self.tokens, dtype=torch.int64)
-            for start in starts[entry]:
-                first[start:] = start
-            rows.append(position - first)
-        return torch.stack(rows)
+        first = torch.zeros(self.batch, self.tokens, dtype=torch.int64)
+        for row, starts in zip(first, ((50, 51, 190), (101,), ()), strict=False):
+            for start in starts:
+                row[start:] = start
+        return torch.arange(self.tokens) - first
 
-    def inputs(self) -> dict[str, Tensor]:
-        """What the call gets besides tokens and a cache."""
-        found = {"attention_mask": self.attention_mask(), "position_ids": self.position_ids()}
-        return {name: value for name, value in found.items() if value is not None}
+    def inputs(self, start: int, end: int) -> dict[str, Tensor]:
+        """What a call with the tokens from ``start`` to ``end`` gets besides them and a cache."""
+        attention_mask, position_ids = self.attention_mask(), self.position_ids()
+        found = {} if attention_mask is None else {"attention_mask": attention_mask[:, :end]}
+        return found if position_ids is None else {**found, "position_ids": position_ids[:, start:end]}
 
     def make_cache(self, model: Any) -> Any:
         if self.called.cache == "static":
@@ -183,17 +199,17 @@ class Case:
 
     def visible(self, keys: int) -> Tensor:
         """bool [B, S, keys], from the definition: causal AND not padding AND of the same sequence."""
-        position = torch.arange(self.history, self.tokens)[:, None]
+        position = torch.arange(self.history, self.tokens)
         token = torch.arange(keys)
-        if self.compressed:
-            ids = self.position_ids()
-            position = position.T if ids is None else ids
-            return (token < ((position + 1) // COMPRESSED)[..., None]).expand(self.batch, -1, -1)
-        visible = (token <= position).repeat(self.batch, 1, 1)
         attention_mask, position_ids = self.attention_mask(), self.position_ids()
+        if self.compressed:
+            ids = position[None] if position_ids is None else position_ids[:, self.history :]
+            return (token < ((ids + 1) // COMPRESSED)[..., None]).expand(self.batch, -1, -1)
+        visible = (token <= position[:, None]).repeat(self.batch, 1, 1)
         if attention_mask is not None:
             visible &= nn.functional.pad(attention_mask, (0, keys - self.tokens)).bool()[:, None, :]
-        if position_ids is not None:
+        if self.called.positions == "packed":
+            assert position_ids is not None
             sequence = (position_ids == 0).cumsum(-1)
             visible &= sequence[:, :, None] == sequence[:, None, :]
         return visible
@@ -219,16 +235,31 @@ def every_case() -> list[Case]:
 
 
 def spread() -> list[Case]:
-    """Every situation with two models or more, every model with several situations; dtype and shapes take turns."""
-    turns = itertools.cycle(itertools.product((torch.float32, torch.bfloat16), (False, True)))
+    """Every situation; every model with each attention in two situations or more; dtypes take turns.
+
+    Dynamic shapes are slow to trace: two models of one layer here, and the indexers alone below.
+    """
+    dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.bfloat16))
     names = [(name, attention) for name, (*_, implementations) in MODELS.items() for attention in implementations]
+    cases = [
+        Case(*names[number % len(names)], situation, next(dtypes))
+        for number, situation in enumerate([*SITUATIONS, *("causal", "left", "packed", "dynamic_chunk")])
+    ]
+    cases += [Case("axk2", "sdpa", "packed", dynamic=True, whole=False)]
+    cases += [Case("glm_moe_dsa", "eager", "left_dynamic_decode", torch.bfloat16, dynamic=True, whole=False)]
+    return [case for case in cases if case.possible]
+
+
+def spread_of_indexers() -> list[Case]:
+    """Every situation with dynamic and with static shapes; models, attention and dtypes take turns."""
+    names = [(name, attention) for name, (*_, implementations) in MODELS.items() for attention in implementations]
+    turns = itertools.cycle(itertools.product(names, (torch.float32, torch.bfloat16, torch.float32)))
     cases = []
-    for number, situation in enumerate(SITUATIONS):
-        # Steps that meet all pairs of a model and an attention in turn.
-        for name, attention in (names[(2 * number) % len(names)], names[(2 * number + 3) % len(names)]):
-            case = Case(name, attention, situation, *next(turns))
-            if case.possible:
-                cases.append(case)
+    for situation, dynamic in itertools.product(SITUATIONS, (False, True)):
+        (name, attention), dtype = next(turns)
+        while not Case(name, attention, situation).possible:
+            (name, attention), dtype = next(turns)
+        cases.append(Case(name, attention, situation, dtype, dynamic, whole=False))
     return cases
 
 
@@ -369,10 +400,8 @@ def filled_cache(case: Case, model: Any) -> Any:
     """A cache of the case's kind that holds its history."""
     cache = case.make_cache(model)
     if case.history:
-        padding = case.attention_mask()
         ids = random_ids(case)[:, : case.history]
-        past = None if padding is None else padding[:, : case.history]
-        model(ids, past_key_values=cache, use_cache=True, attention_mask=past)
+        model(ids, past_key_values=cache, use_cache=True, **case.inputs(0, case.history))
     return cache
 
 
@@ -390,7 +419,11 @@ def check_model(case: Case) -> None:
         for run in (model, compiled(model, case.dynamic)):
             cache = filled_cache(case, model)
             tokens = random_ids(case)[:, case.history :]
-            logits.append(run(tokens, past_key_values=cache, use_cache=cache is not None, **case.inputs()).logits)
+            logits.append(
+                run(
+                    tokens, past_key_values=cache, use_cache=cache is not None, **case.inputs(case.history, case.tokens)
+                ).logits
+            )
     assert len(calls) == case.layers, hisa_compile.reports()[-1]
     assert graphs
     for graph in graphs:
@@ -415,3 +448,155 @@ def test_a_model_hands_its_indexers_vectors(case: Case) -> None:
 def test_every_model_situation_dtype_and_shape(case: Case) -> None:
     """The whole matrix."""
     check_model(case)
+
+
+# Indexers alone: nothing else needs their masks -----------------------------------------------------------------------
+
+
+class IndexerAlone(nn.Module):
+    """A model's first indexer with the mask that the model makes for it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config = model.config
+        self.rotary = model.model.rotary_emb
+        self.layer = next(number for number, layer in enumerate(model.model.layers) if find_indexer(layer) is not None)
+        self.indexer = find_indexer(model.model.layers[self.layer])
+
+    def forward(
+        self,
+        x: Tensor,
+        q_residual: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+    ) -> Tensor:
+        """The positions that it selects.  Masks and positions as in the ``forward`` of transformers' models."""
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
+        if self.config.model_type == "deepseek_v4":
+            return self.indexer(x, q_residual, position_ids, past_key_values, self.layer)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            allow_is_causal_skip=False,
+        )
+        rotary = self.rotary(x, position_ids=position_ids)
+        return self.indexer(x, q_residual, rotary, mask[:, 0], position_ids, past_key_values=past_key_values)
+
+
+def find_indexer(layer: nn.Module) -> nn.Module | None:
+    return next((module for module in layer.modules() if type(module).__name__.endswith("Indexer")), None)
+
+
+def indexer_inputs(config: Any, batch: int, queries: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    sizes = config.hidden_size, config.q_lora_rank
+    return tuple(torch.randn(batch, queries, size, generator=generator).to(dtype) for size in sizes)  # type: ignore[return-value]
+
+
+def selected_and_visible(case: Case, indices: Tensor, visible: Tensor) -> Tensor:
+    """bool [B, S, T]; hidden tokens fill a selection up, in any order, or are -1."""
+    chosen = torch.zeros(*visible.shape[:2], visible.shape[2] + 1, dtype=torch.bool)
+    chosen.scatter_(-1, indices.long() % (visible.shape[2] + 1), True)
+    return (chosen[..., :-1] & visible)[case.real_queries()]
+
+
+def check_indexer(case: Case) -> None:
+    torch._dynamo.reset()
+    model = case.make_model()
+    alone = IndexerAlone(model).eval()
+    inputs = indexer_inputs(model.config, case.batch, case.tokens - case.history, case.dtype)
+    selections = []
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        recorded_calls() as calls,
+        graphs_after_the_pass() as graphs,
+    ):
+        warnings.simplefilter("ignore")
+        for run in (alone, compiled(alone, case.dynamic)):
+            selections.append(
+                run(*inputs, past_key_values=filled_cache(case, model), **case.inputs(case.history, case.tokens))
+            )
+    assert len(calls) == 1, hisa_compile.reports()[-1]
+    assert graphs
+    for graph in graphs:
+        assert len(graph.calls) == 1
+        assert_vectors(case, graph)
+        if case.tokens - case.history > 1:
+            # Not only what the indexer alone needs: there is nothing else.  (The caches bring the attention's keys.)
+            nodes = [node for node in graph.nodes if node.users or node.op != "placeholder"]
+            assert_no_pairs(nodes, graph.pairs)
+    assert_calls_see(case, calls)
+    if case.dtype == torch.float32:
+        visible = case.visible(calls[0][0]["k"].shape[1])
+        eager, ours = (selected_and_visible(case, each, visible) for each in selections)
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("case", spread_of_indexers(), ids=str)
+def test_a_mask_that_only_the_indexer_needs_is_gone(case: Case) -> None:
+    """No node of the whole graph has S x T elements, and the selection is eager mode's."""
+    check_indexer(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [replace(case, whole=False) for case in every_case()], ids=str)
+def test_every_indexer_alone_situation_dtype_and_shape(case: Case) -> None:
+    """The whole matrix."""
+    check_indexer(case)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Memory:
+    """Bytes that a call allocated: the most at a time, and the largest single allocation."""
+
+    peak: int
+    largest: int
+
+
+def memory_of(call: Callable[[], Tensor]) -> Memory:
+    """From the profiler's events of the CPU's allocator, which sees what operators allocate inside, too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    assert result is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return Memory(max(held), max(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("situation", ["causal", "left", "packed"])
+def test_the_memory_does_not_grow_with_queries_times_keys(situation: str) -> None:
+    """Flat, an indexer allocates S x T x H scores; rewritten, nothing as large as S x T booleans."""
+    torch._dynamo.reset()
+    tokens, heads = 2048, 4
+    case = Case("deepseek_v32", "sdpa", situation, batch=1, whole=False, length=tokens)
+    model = build(case.model, case.dtype, case.attention, index_n_heads=heads)
+    alone = IndexerAlone(model).eval()
+    inputs = indexer_inputs(model.config, 1, tokens, case.dtype)
+    # A context beyond the budget: pruning is on.
+    run = torch.compile(
+        alone,
+        backend=hisa_compile.hisa_backend,
+        fullgraph=True,
+        options={"hisa.base": "aot_eager", "hisa.block_size": 32, "hisa.block_topk": 8},
+    )
+    with torch.no_grad(), recorded_calls() as calls:
+        run(*inputs, **case.inputs(case.history, case.tokens))
+        assert len(calls) == 1
+    with torch.no_grad():
+        flat, ours = (
+            memory_of(lambda run=run: run(*inputs, **case.inputs(case.history, case.tokens))) for run in (alone, run)
+        )  # type: ignore[misc]
+    pairs = tokens * tokens
+    assert flat.largest >= 4 * pairs * heads, "the measurement misses the scores of the flat program"
+    assert ours.largest < pairs
+    assert ours.peak < flat.peak / 4

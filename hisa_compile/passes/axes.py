@@ -73,7 +73,7 @@ Index: TypeAlias = tuple[Axis, ...]
 class Shifted(Axis):
     """The index ``start + of`` of a dimension that is longer than the part that is read.
 
-    It never takes part in a :func:`regroup`: the sizes of the part don't make up the shape of the whole.
+    The sizes of the part don't make up the shape of the whole, so a :func:`regroup` treats it apart.
     """
 
     __slots__ = ("of", "start")
@@ -216,7 +216,7 @@ def regroup(
 def _regroup(index: Sequence[Index], sizes: Sequence[sympy.Expr]) -> tuple[Index, ...] | None:
     todo = list(resolved(tuple(axis for dim in index for axis in dim)))
     if any(isinstance(axis, Shifted) for axis in todo):
-        return None
+        return _regroup_part(todo, sizes)
     todo.reverse()
     out: list[Index] = []
     for size in sizes:
@@ -238,6 +238,20 @@ def _regroup(index: Sequence[Index], sizes: Sequence[sympy.Expr]) -> tuple[Index
             missing = left
         out.append(tuple(dim))
     return None if todo else tuple(out)
+
+
+def _regroup_part(axes: Sequence[Axis], sizes: Sequence[sympy.Expr]) -> tuple[Index, ...] | None:
+    """A regroup where the outermost axis is an offset: (start + i) * n + j is start * n + (i * n + j)."""
+    first, *inside = axes
+    if not isinstance(first, Shifted) or any(isinstance(axis, Shifted) for axis in inside) or not sizes:
+        return None
+    row = sympy.Mul(*sizes[1:])
+    start = quotient(first.start * product_of_sizes(inside), row) if first.start != 0 else first.start
+    length = quotient(first.size * product_of_sizes(inside), row)
+    if start is None or length is None:
+        return None
+    out = _regroup([first.of, tuple(inside)], [length, *sizes[1:]])
+    return None if out is None else ((Shifted(out[0], start),), *out[1:])
 
 
 def broadcast(index: Sequence[Index], out_sizes: Sequence[Size], sizes: Sequence[Size]) -> tuple[Index, ...] | None:

@@ -71,10 +71,12 @@ def _consecutive(pieces: Sequence[Piece], axes: Index) -> Access | None:
     """The tensor that the pieces are consecutive parts of."""
     sources = []
     for piece in pieces:
-        opened = open_access(piece.access)
-        if not isinstance(opened, Access):
+        # The part may be cut out already, or be what a slice or a select makes.
+        is_part = any(isinstance(axis, Shifted) for dim in piece.access.index for axis in dim)
+        source = piece.access if is_part else open_access(piece.access)
+        if not isinstance(source, Access):
             return None
-        sources.append(opened)
+        sources.append(source)
     first = sources[0]
     if any(source.node is not first.node for source in sources):
         return None

@@ -218,6 +218,10 @@ class _Analysis:
                     todo.append((body, replace(outside, heads=(*outside.heads, *axes), sums_heads=True)))
                 case Plus(parts):
                     self.blocker = None
+                    if not outside.heads and not outside.weights and not outside.key_weights:
+                        # What heads are added to may begin with the mask.
+                        down = -outside.scale if self.form.smallest else outside.scale
+                        parts = tuple(part for part in parts if not self.mask_term(part, down, outside.scale))
                     missing = [part for part in parts if not self.varies(part) or not self.holds_relu(part)]
                     if len(missing) == len(parts):
                         raise self.no_relu(parts[0])

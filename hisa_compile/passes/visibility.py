@@ -224,6 +224,12 @@ def _scaled(term: Term, factor: int) -> Term:
     return term if factor == 1 else Product((term, Scalar(factor)))
 
 
+def _integer(value: float) -> int:
+    if not float(value).is_integer():
+        raise _NotVectors
+    return int(value)
+
+
 class _Linear:
     """An integer expression as sum of factor * term, sorted by whether a term depends on the key."""
 
@@ -236,18 +242,14 @@ class _Linear:
     def add(self, term: Term, factor: int) -> None:
         match term:
             case Scalar(value):
-                if value != int(value):
-                    raise _NotVectors
-                self.constant += factor * int(value)
+                self.constant += factor * _integer(value)
             case Plus(parts):
                 for part in parts:
                     self.add(part, factor)
             case Product(parts) if sum(not isinstance(part, Scalar) for part in parts) == 1:
                 for part in parts:
                     if isinstance(part, Scalar):
-                        factor *= int(part.value)
-                        if part.value != int(part.value):
-                            raise _NotVectors
+                        factor *= _integer(part.value)
                 self.add(next(part for part in parts if not isinstance(part, Scalar)), factor)
             case Position(index) if any(isinstance(axis, Shifted) for axis in index):
                 (shifted,) = index
