@@ -2,9 +2,9 @@
 
     python -m benchmarks.pass_cost [--layers 1 2 4 8] [--out benchmarks/results/pass_cost.md]
 
-The graphs are transformers' DeepSeek-V3.2 (tiny sizes, half of the layers with experts, whose routers are selections too)
-as Inductor's hook sees them, with static and with dynamic shapes.  Each time is the smallest of several runs, each
-on a fresh copy of the graph:
+The graphs are transformers' DeepSeek-V3.2 (tiny sizes, half of the layers with experts, whose routers are
+selections too) as Inductor's hook sees them, with static and with dynamic shapes.  Each time is the smallest of
+several runs, each on a fresh copy of the graph:
 
 - analysis: finding, reading and proving all selections, nothing rewritten (scope "marked" and no mark);
 - rewriting: the same and putting the operators in, most of which is torch computing the new nodes' shapes;
@@ -123,7 +123,8 @@ def measure(layers: int, dynamic: bool) -> dict[str, float]:
 
 def table(depths: list[int], dynamic: bool) -> str:
     lines = [
-        "| layers | nodes | analysis, ms | per 1000 nodes | rewriting, ms | per 1000 nodes | no top-k, ms | capture, s |",
+        "| layers | nodes | analysis, ms | per 1000 nodes | rewriting, ms | per 1000 nodes | no top-k, ms "
+        "| capture, s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     found = {layers: measure(layers, dynamic) for layers in depths}
@@ -158,7 +159,7 @@ def main() -> None:
     parts = [
         "# What the pass costs",
         f"`python -m benchmarks.pass_cost --layers {' '.join(map(str, options.layers))}`, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {platform.machine()}, one thread of Python; smallest of {RUNS} runs.",
+        f"transformers {transformers.__version__}, {platform.machine()}, one thread; smallest of {RUNS} runs.",
     ]
     for name, dynamic in (("Static shapes", False), ("Dynamic shapes", True)):
         parts += [f"## {name}", table(options.layers, dynamic)]

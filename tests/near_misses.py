@@ -105,7 +105,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mask of its own for each head": lambda x: x.relu().masked_fill(
         torch.arange(x.shape[-2])[:, None] * 2 > _token(x), -_INF
     ),
-    "double ReLU": lambda x: x.relu().double().sqrt().float(),
+    "square root of the ReLU": lambda x: x.relu().double().sqrt().float(),
 }
 
 # In the place of the product of q [B, S, H, D] and k [B, T, D].
@@ -132,7 +132,6 @@ _PRODUCTS: dict[str, Breaking] = {
     "ReLU of each feature": Breaking("product", lambda q, k: (q.unsqueeze(3) * k[:, None, None]).relu().sum(-1)),
     "maximum over the features": Breaking("product", lambda q, k: (q.unsqueeze(3) * k[:, None, None]).amax(-1)),
     "cosine": Breaking("product", lambda q, k: F.cosine_similarity(q.unsqueeze(3), k[:, None, None], dim=-1)),
-    "no features": Breaking("product", lambda q, k: q.sum(-1)[..., None] * k.sum(-1)[:, None, None]),
 }
 
 # In the place of the sum over heads of [B, S, H, T] by weights [B, S, H].
@@ -199,7 +198,7 @@ _AFTERWARDS: dict[str, Callable[[Tensor], Tensor]] = {
     "penalty of some keys": lambda x: x + (_token(x) % 3 == 0) * -1e4,
     "fill of -1": lambda x: x.masked_fill(_token(x) % 3 == 0, -1.0),
     "fill of 5": lambda x: torch.where(_token(x) > 3, x, 5.0),
-    "fill of 0": lambda x: x * (_token(x) > 3),
+    "fill of 0": lambda x: torch.where(_token(x) > 3, x, 0.0),
     "fill of -1e9": lambda x: x.masked_fill(_token(x) > 3, -1e9),
     "fill of -65504": lambda x: x.masked_fill(_token(x) > 3, -65504.0),
     "fill of +inf": lambda x: x.masked_fill(_token(x) > 3, _INF),
@@ -268,10 +267,15 @@ _SELECTIONS: dict[str, Breaking] = {
     "along the queries": Breaking(
         "select_for", lambda program, x: x.topk(2, dim=0 if program.layout in ("packed", "sbhd") else 1), _one_chunk
     ),
-    "along the heads": Breaking("select_heads", lambda program, x: x.topk(2, dim=2), _per_head),
+    "along the heads": Breaking("select_heads", lambda x: x.topk(2, dim=2), _per_head),
     "values that take part in training": Breaking("training", lambda: None, _has_values),
-    "keys that are written to": Breaking("written", lambda q, k, w: k.add_(1)),
-    "queries that are written to": Breaking("written", lambda q, k, w: q.mul_(2)),
+    # A scaled or cast operand is another tensor: then what is written to is not read any more.
+    "keys that are written to": Breaking(
+        "written", lambda q, k, w: k.add_(1), lambda program: not program.upcast and program.scale != "key_before"
+    ),
+    "queries that are written to": Breaking(
+        "written", lambda q, k, w: q.mul_(2), lambda program: not program.upcast and "query" not in program.scale
+    ),
     "float64 operands": Breaking("operands", lambda x: x.double()),
 }
 
@@ -282,12 +286,170 @@ def _both_ends(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 BREAKINGS: dict[str, Breaking] = {
-    **{name: Breaking("relu", how, _heads_stay(name)) for name, how in _ACTIVATIONS.items()},
+    **{name: Breaking("relu", how) for name, how in _ACTIVATIONS.items()},
     **_PRODUCTS,
     **_HEAD_SUMS,
     **_LOOPS,
     **{name: Breaking("afterwards", how) for name, how in _AFTERWARDS.items()},
     **{name: Breaking("rearranged", how) for name, how in _REARRANGED.items()},
-    **{name: Breaking("data", how) for name, how in _DATA.items()},
+    # With one query a factor of S x T is one of the keys.
+    **{name: Breaking("data", how, _one_chunk) for name, how in _DATA.items()},
     **_SELECTIONS,
 }
+
+
+@dataclass(frozen=True)
+class NearMiss(Program):
+    """A program with the breaking ``break_``; ``late``: what is done to scores is done to the masked ones."""
+
+    break_: str = "no ReLU"
+    late: bool = False
+
+    def _how(self, step: str) -> Callable[..., Any] | None:
+        breaking = BREAKINGS[self.break_]
+        return breaking.how if breaking.step == step else None
+
+    @property
+    def functional(self) -> bool:
+        return BREAKINGS[self.break_].step != "written"
+
+    @property
+    def under_autograd(self) -> bool:
+        return BREAKINGS[self.break_].step == "training"
+
+    def _scores(self, q: Tensor, k: Tensor, weights: Tensor, rows: slice, *data: Tensor) -> Tensor:
+        if how := self._how("operands"):
+            q, k, weights = how(q), how(k), how(weights)
+        scores = super()._scores(q, k, weights, rows, *data)
+        if write := self._how("written"):
+            write(q, k, weights)
+        if how := self._how("data"):
+            key_scale, _, q_ids, k_ids, valid, _, free = data
+            plain = self._laid_out(scores, back=True)
+            scores = self._laid_out(how(plain, key_scale, q_ids, k_ids, valid, free))
+        if how := self._how("rearranged") or (self._how("afterwards") if self.late else None):
+            scores = how(scores)
+        return scores
+
+    def _laid_out(self, scores: Tensor, back: bool = False) -> Tensor:
+        """[B, S, T] as the layout has it, or ``back`` from there."""
+        if self.layout == "sbhd":
+            return scores.transpose(0, 1)
+        if self.layout == "packed":
+            return scores.unsqueeze(0) if back else scores.squeeze(0)
+        return scores
+
+    def _early(self, scores: Tensor) -> Tensor:
+        how = None if self.late else self._how("afterwards")
+        return how(scores) if how else scores
+
+    def _relu(self, x: Tensor) -> Tensor:
+        how = self._how("relu")
+        return how(x) if how else super()._relu(x)
+
+    def _product(self, q: Tensor, k: Tensor) -> Tensor:
+        how = self._how("product")
+        if how is None:
+            return super()._product(q, k)
+        product = how(q, k)
+        return product.unflatten(2, (q.shape[2] // 2, 2)) if self.layout == "two_heads" else product
+
+    def _head_sum(self, per_head: Tensor, weights: Tensor) -> Tensor:
+        how = self._how("head_sum")
+        if self._how("select_heads"):
+            return per_head * weights[..., None]
+        if how is None:
+            return self._early(super()._head_sum(per_head, weights))
+        return how(per_head.flatten(2, 3) if per_head.dim() == 5 else per_head, weights)
+
+    def _by_hand(self, q: Tensor, k: Tensor, weights: Tensor, key_scale: Tensor) -> Tensor:
+        combine, keys = self._how("loop"), self._how("loop_keys")
+        if combine is None and keys is None:
+            return self._early(super()._by_hand(q, k, weights, key_scale))
+        total: Tensor | None = None
+        for head in range(self.heads):
+            key = keys(k, head) if keys else k
+            term = self._per_head(q[:, :, head : head + 1], key, key_scale)[:, :, 0] * weights[:, :, head, None]
+            total = term if total is None else combine(total, term) if combine else total + term
+        assert total is not None
+        return total
+
+    def _selected(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        if how := self._how("select"):
+            return how(scores, min(self.topk, scores.shape[-1] - 1))  # type: ignore[no-any-return]
+        if how := self._how("select_for"):
+            return how(self, scores)  # type: ignore[no-any-return]
+        if how := self._how("select_heads"):
+            return how(scores)  # type: ignore[no-any-return]
+        return super()._selected(scores)
+
+
+def near_misses(**fixed: Any) -> st.SearchStrategy[NearMiss]:
+    """Any program with any breaking that breaks it."""
+    # With one head or one query many a breaking is none.
+    sizes = {
+        "queries": st.integers(2, 6),
+        "heads": st.integers(2, 4),
+        "tokens": st.integers(8, 21),
+        "topk": st.integers(1, 4),
+        "break_": st.sampled_from(list(BREAKINGS)),
+        "late": st.booleans(),
+    }
+    return programs(NearMiss, **{**sizes, **fixed}).filter(
+        lambda program: program.rewritable and BREAKINGS[program.break_].applies(program)
+    )
+
+
+# Chunks that differ --------------------------------------------------------------------------------------------------
+
+UNEVEN = (
+    "other keys",
+    "other order of keys",
+    "other scale",
+    "other mask",
+    "no mask",
+    "valid keys of its own",
+    "more heads",
+    "queries in reverse",
+)
+
+
+@dataclass(frozen=True)
+class Uneven(Program):
+    """Chunks of queries, the last of which differs: indexers all, but hardly one call."""
+
+    odd: str = "other keys"
+
+    def _scores(
+        self, q: Tensor, k: Tensor, weights: Tensor, rows: slice, key_scale: Tensor, row_scale: Tensor, *data: Tensor
+    ) -> Tensor:
+        if rows.stop < self.queries:
+            return super()._scores(q, k, weights, rows, key_scale, row_scale, *data)
+        program: Program = self
+        match self.odd:
+            case "other keys":
+                k = k + 12
+            case "other order of keys":
+                k = k.flip(1)
+            case "other scale":
+                weights = weights * 2
+            case "other mask":
+                program = dataclasses.replace(self, mask="hidden" if self.mask == "sliding" else "sliding")
+            case "no mask":
+                program = dataclasses.replace(self, mask="none")
+            case "more heads" if self.layout != "two_heads":
+                program = dataclasses.replace(self, heads=self.heads * 2)
+                q, weights = torch.cat([q, q], 2), torch.cat([weights, weights], 2)
+            case "queries in reverse":
+                q = q.flip(1)
+        scores = Program._scores(program, q, k, weights, rows, key_scale, row_scale, *data)
+        if self.odd == "valid keys of its own":
+            scores = scores.masked_fill(torch.arange(self.tokens) % 4 == 1, -_INF)
+        return scores
+
+
+def uneven_programs() -> st.SearchStrategy[Uneven]:
+    """Programs in chunks of which the last one differs, with values and indices."""
+    return programs(
+        Uneven, odd=st.sampled_from(UNEVEN), outputs="both", chunks=st.integers(2, 3), queries=st.integers(3, 7)
+    ).filter(lambda program: program.rewritable and program.chunks > 1)

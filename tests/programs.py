@@ -386,8 +386,8 @@ class Program:
         return {"sbhd": result.transpose(0, 1), "packed": result[0]}.get(self.layout, result)
 
 
-def programs(**fixed: Any) -> st.SearchStrategy[Program]:
-    """Any program, with the given fields fixed."""
+def programs(kind: type[Program] = Program, **fixed: Any) -> st.SearchStrategy[Any]:
+    """Any program, with the given fields fixed, or drawn where a strategy is given."""
     choices: dict[str, st.SearchStrategy[Any]] = {
         "product": st.sampled_from(PRODUCTS),
         "relu": st.sampled_from(RELUS),
@@ -407,8 +407,9 @@ def programs(**fixed: Any) -> st.SearchStrategy[Program]:
         "topk": st.integers(1, 9),
         "seed": st.integers(0, 2**31),
     }
-    choices.update({name: st.just(value) for name, value in fixed.items()})
-    return st.builds(Program, **choices).map(_tidied)
+    for name, value in fixed.items():
+        choices[name] = value if isinstance(value, st.SearchStrategy) else st.just(value)
+    return st.builds(kind, **choices).map(_tidied)
 
 
 def _tidied(program: Program) -> Program:

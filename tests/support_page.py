@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,20 +153,34 @@ TABLES: dict[str, tuple[str, Iterable[Any]]] = {
 NOTES = {
     "scale": "A number is folded into q or the weights; its sign stays right.",
     "mask": "What can be had from vectors is passed as vectors, so that no S x T mask is made; `mask` is what is left.",
-    "chunks": "The loop over chunks asks for the number of queries, so it is traced with static shapes.",
+    "chunks": "A loop over chunks asks for the number of queries, so it was traced with static shapes alone.",
+}
+
+SHAPES: dict[str, dict[str, int]] = {
+    "one sequence, B = 1": {"batch": 1},
+    "one query, S = 1 (decode)": {"queries": 1},
+    "one sequence and one query": {"batch": 1, "queries": 1},
+    "one head, H = 1": {"heads": 1},
+    "two tokens, T = 2": {"tokens": 2},
+}
+# Near misses that are points of the same space.
+BARRED: dict[str, Program] = {
+    "values used, and a finite number added as mask": Program(mask="add_min_bf16", outputs="values"),
+    "equal weights of the heads, and a factor of the keys": Program(head_sum="none", scale="key_after"),
 }
 
 INTRO = f"""# What is supported
 
-Written by `{COMMAND}` from the tables of the tests; a test fails where this page is not what comes out today.
+Written by `{COMMAND}` from the tables of the tests; a test fails where this is not what comes out today.
 
-The score that is found is `sum_h w[s,h] * relu(sum_d q[s,h,d] * k[t,d])`, ranked along t. Each row below is one way to write a
-part of it, the rest being the plainest way. The row was traced to ATen operations four times, with and without Inductor's
-decompositions, with static and with dynamic shapes, and the pass was run on the graph. *Rewritten*: in all four, unless it says
-otherwise. *Passed*: what the operator gets besides q, k, weights and topk ([its arguments](operator.md)); always one call.
+The score that is found is `sum_h w[s,h] * relu(sum_d q[s,h,d] * k[t,d])`, ranked along t. Each row below is one way to
+write a part of it, the rest being the plainest way. It was traced to ATen operations with static shapes, before and after
+Inductor's decompositions, and with dynamic shapes, and the pass was run on each graph. *Rewritten*: in all three, to one
+call of the operator, unless it says otherwise. *Passed*: what the operator gets besides q, k, weights and topk
+([its arguments](operator.md)).
 
-Rows combine freely: the tests draw them at random and compare results bit for bit. Whole models: [models.md](models.md).
-How it works, and what is never rewritten: [pass.md](pass.md). What became of your model: `hisa_compile.explain(model, *inputs)`.
+Rows combine freely: the tests draw combinations and compare results bit for bit. Whole models: [models.md](models.md).
+How it works: [pass.md](pass.md). What becomes of your own model: `hisa_compile.explain(model, *inputs)`.
 """
 
 
@@ -178,12 +192,14 @@ def page() -> str:
         rows = [_program_row(name, choice) for choice in choices]
         head = "| written as | rewritten | passed |"
         parts.append(_section(title, [head, "| --- | --- | --- |", *rows], NOTES.get(name, "")))
+    rows = [_row(name, Program(**sizes)) for name, sizes in SHAPES.items()]
+    parts.append(_section("Shapes", ["| shape | rewritten | passed |", "| --- | --- | --- |", *rows]))
     head = "| project | selections | rewritten | passed |"
     parts.append(
         _section(
             "Indexers of public projects",
             [head, "| --- | --- | --- | --- |", *(_client_row(name, client) for name, client in CLIENTS.items())],
-            "As they are written there ([tests/clients.py](../tests/clients.py)), `explain` tells the same of the originals.",
+            "Their operations in their order, without what is around them ([tests/clients.py](../tests/clients.py)).",
         )
     )
     head = "| an indexer but for | why it stays as it is | what would help |"
@@ -197,11 +213,11 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _section(title: str, table: list[str], note: str) -> str:
+def _section(title: str, table: list[str], note: str = "") -> str:
     return "\n".join([f"## {title}", "", *([note, ""] if note else []), *table, ""])
 
 
-# Rows ------------------------------------------------------------------------------------------------------------------
+# Rows ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -228,23 +244,39 @@ def _run(graph: torch.fx.GraphModule, settings: PassSettings = SMALL) -> Seen:
 
 
 def _program_row(name: str, choice: Any) -> str:
-    program = Program(**{name: choice}, **({"batch": 1} if choice in ("mm", "linear") else {}))
-    seen: dict[str, Seen] = {}
-    for symbolic, decompose in itertools.product((False, True), (False, True)):
-        if symbolic and program.chunks > 1:
-            continue
-        place = f"{'dynamic' if symbolic else 'static'} shapes, {'after' if decompose else 'before'} decompositions"
-        seen[place] = _run(aten_graph(program.run, program.inputs(), symbolic, decompose))
-    outcome = _agreed({place: each.outcome for place, each in seen.items()})
-    passed = _agreed({place: _names(each.passed) for place, each in seen.items()})
-    return f"| {WRITTEN[name][choice]} | {outcome} | {passed} |"
+    # These two take matrices.
+    return _row(
+        WRITTEN[name][choice], Program(**{name: choice}, **({"batch": 1} if choice in ("mm", "linear") else {}))
+    )
+
+
+@functools.cache
+def _program_seen(program: Program) -> dict[str, Seen]:
+    """By how it was traced.  Dynamic shapes take long to trace: before decompositions they are left to the tests."""
+    ways = {
+        "before decompositions": (False, False),
+        "after decompositions": (False, True),
+        "dynamic shapes": (True, True),
+    }
+    return {
+        way: _run(aten_graph(program.run, program.inputs(), symbolic, decompose))
+        for way, (symbolic, decompose) in ways.items()
+        if not (symbolic and program.chunks > 1)
+    }
+
+
+def _row(written: str, program: Program) -> str:
+    seen = _program_seen(program)
+    outcome = _agreed({way: each.outcome for way, each in seen.items()})
+    passed = _agreed({way: _names(each.passed) for way, each in seen.items()})
+    return f"| {written} | {outcome} | {passed} |"
 
 
 def _agreed(found: dict[str, str]) -> str:
-    """What was found in all places, or in which of them what."""
+    """What was found in all ways of tracing, or in which of them what."""
     if len(set(found.values())) == 1:
         return next(iter(found.values()))
-    return "; ".join(f"{what} ({place})" for place, what in found.items())
+    return "; ".join(f"{what} ({way})" for way, what in found.items())
 
 
 def _names(passed: Iterable[str]) -> str:
@@ -280,18 +312,25 @@ def _client_row(name: str, client: Client) -> str:
 
 def _near_miss_rows() -> Iterator[str]:
     for name, run in NEAR_MISSES.items():
-        sites = _run(aten_graph(run, INPUTS)).sites
-        reasons = "; ".join(dict.fromkeys(plain(site.reason) for site in sites if not site.rewritten))
-        if reasons:
-            suggestions = "; ".join(dict.fromkeys(plain(site.suggestion) for site in sites if site.suggestion))
-            yield f"| {name} | {reasons} | {suggestions or '-'} |"
+        yield from _near_miss_row(name, run, INPUTS)
+    for name, program in BARRED.items():
+        yield from _near_miss_row(name, program.run, program.inputs())
+
+
+def _near_miss_row(name: str, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Iterator[str]:
+    left = [site for site in _run(aten_graph(run, inputs)).sites if not site.rewritten]
+    if left:
+        reasons = dict.fromkeys(plain(site.reason) for site in left)
+        suggestions = dict.fromkeys(plain(site.suggestion) for site in left if site.suggestion)
+        yield f"| {name} | {'; '.join(reasons)} | {'; '.join(suggestions) or '-'} |"
 
 
 def plain(text: str) -> str:
     """A message without the names of nodes, which differ between versions of torch, fit for a table."""
     text = re.sub(r"<built-in function (\w+)>", r"\1", text)
-    text = re.sub(r"\baten\.(\w+)\.\w+", r"aten.\1", text)
+    text = re.sub(r"\b(aten|prims)\.(\w+)\.\w+", r"\1.\2", text)
     text = re.sub(r" \(\w+\)", "", text)
+    text = text.replace("placeholder", "an input")
     text = re.sub(r"\b([a-z]+(?:_[a-z]+)*)_\d+\b", r"\1", text)
     return text.replace("|", "\\|")
 
