@@ -118,7 +118,8 @@ _PRODUCTS: dict[str, Breaking] = {
     "keys of each query's own": Breaking(
         "product",
         lambda q, k: torch.einsum("bshd,bstd->bsht", q, torch.stack([k.roll(s, 1) for s in range(q.shape[1])], 1)),
-        _one_chunk,
+        # Without a batch the queries are one: a batch of single queries.
+        lambda program: program.chunks == 1 and program.sizes[0] > 1,
     ),
     "two products in one ReLU": Breaking(
         "product",
@@ -144,8 +145,8 @@ _HEAD_SUMS: dict[str, Breaking] = {
         "norm over heads": lambda x, w: (x * w[..., None]).square().sum(2).sqrt(),
         "median over heads": lambda x, w: (x * w[..., None]).median(2).values,
         "weights over keys and heads": lambda x, w: (
-            (x * (torch.arange(x.shape[2])[:, None] * _token(x)).remainder(5)).sum(2)
-        ),
+            x * (torch.arange(x.shape[2])[:, None] * _token(x)).remainder(5)
+        ).sum(2),
         "weights over everything": lambda x, w: (x * x.sigmoid() * w[..., None]).sum(2),
         "weights over keys alone": lambda x, w: (x * _token(x).remainder(3)).sum(2),
         "the sum of squares as well": lambda x, w: (x * w[..., None]).sum(2) + x.square().sum(2),
@@ -253,9 +254,7 @@ _SELECTIONS: dict[str, Breaking] = {
     "flipped head of an ascending sort": Breaking(
         "select", lambda x, k: tuple(y[..., :k].flip(-1) for y in x.sort(-1))
     ),
-    "middle of a sort": Breaking(
-        "select", lambda x, k: tuple(y[..., 1 : k + 1] for y in x.sort(-1, descending=True))
-    ),
+    "middle of a sort": Breaking("select", lambda x, k: tuple(y[..., 1 : k + 1] for y in x.sort(-1, descending=True))),
     "every other of a sort": Breaking(
         "select", lambda x, k: tuple(y[..., : 2 * k : 2] for y in x.sort(-1, descending=True))
     ),
@@ -448,8 +447,9 @@ class Uneven(Program):
         return scores
 
 
-def uneven_programs() -> st.SearchStrategy[Uneven]:
+def uneven_programs(**fixed: Any) -> st.SearchStrategy[Uneven]:
     """Programs in chunks of which the last one differs, with values and indices."""
-    return programs(
-        Uneven, odd=st.sampled_from(UNEVEN), outputs="both", chunks=st.integers(2, 3), queries=st.integers(3, 7)
-    ).filter(lambda program: program.rewritable and program.chunks > 1)
+    choices = {"odd": st.sampled_from(UNEVEN), "chunks": st.integers(2, 3), "queries": st.integers(3, 7)}
+    return programs(Uneven, outputs="both", **{**choices, **fixed}).filter(
+        lambda program: program.rewritable and program.chunks > 1
+    )

@@ -161,7 +161,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "one query, S = 1 (decode)": {"queries": 1},
     "one sequence and one query": {"batch": 1, "queries": 1},
     "one head, H = 1": {"heads": 1},
-    "two tokens, T = 2": {"tokens": 2},
+    "fewer tokens than are selected, T < k": {"tokens": 4},
 }
 # Near misses that are points of the same space.
 BARRED: dict[str, Program] = {
@@ -173,10 +173,10 @@ INTRO = f"""# What is supported
 
 Written by `{COMMAND}` from the tables of the tests; a test fails where this is not what comes out today.
 
-The score that is found is `sum_h w[s,h] * relu(sum_d q[s,h,d] * k[t,d])`, ranked along t. Each row below is one way to
-write a part of it, the rest being the plainest way. It was traced to ATen operations with static shapes, before and after
-Inductor's decompositions, and with dynamic shapes, and the pass was run on each graph. *Rewritten*: in all three, to one
-call of the operator, unless it says otherwise. *Passed*: what the operator gets besides q, k, weights and topk
+The score that is found is `sum_h w[s,h] * relu(sum_d q[s,h,d] * k[t,d])`, ranked along t. Each row below is one way
+to write a part of it, the rest being the plainest way. It was traced to ATen operations with static shapes, before and
+after Inductor's decompositions, and with dynamic shapes, and the pass was run on each graph. *Rewritten*: in all three,
+to one call of the operator, unless it says otherwise. *Passed*: what the operator gets besides q, k, weights and topk
 ([its arguments](operator.md)).
 
 Rows combine freely: the tests draw combinations and compare results bit for bit. Whole models: [models.md](models.md).
@@ -276,7 +276,8 @@ def _agreed(found: dict[str, str]) -> str:
     """What was found in all ways of tracing, or in which of them what."""
     if len(set(found.values())) == 1:
         return next(iter(found.values()))
-    return "; ".join(f"{what} ({way})" for way, what in found.items())
+    ways = {what: [way for way, each in found.items() if each == what] for what in found.values()}
+    return "; ".join(f"{' and '.join(ways[what])}: {what}" for what in ways)
 
 
 def _names(passed: Iterable[str]) -> str:
@@ -332,6 +333,7 @@ def plain(text: str) -> str:
     text = re.sub(r" \(\w+\)", "", text)
     text = text.replace("placeholder", "an input")
     text = re.sub(r"\b([a-z]+(?:_[a-z]+)*)_\d+\b", r"\1", text)
+    text = re.sub(r"\bs\d+\b", "T", text)  # the only size that reasons name
     return text.replace("|", "\\|")
 
 

@@ -256,18 +256,17 @@ def test_spellings_are_seen_in_exported_programs(program: Program, dynamic: bool
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_a_transformers_model_is_explained_from_its_export(grad: bool) -> None:
-    """Both indexers of a DeepSeek-V3.2 are found by their modules, its router and experts are left alone."""
+    """The indexer of a DeepSeek-V3.2 is found by its module, its router and experts are left alone."""
     ids = torch.randint(2, 97, (2, 30))
     shapes = ({1: Dim.DYNAMIC}, None) if grad else None
     with torch.set_grad_enabled(grad):
-        model = build("deepseek_v32", attention="sdpa")
+        model = build("deepseek_v32", attention="sdpa", num_hidden_layers=1, mlp_layer_types=["sparse"])
         ep = torch.export.export(model, (ids,), {"use_cache": False}, dynamic_shapes=shapes, strict=not grad)
     before = [node.format_node() for node in ep.graph.nodes]
     report = explain(ep)
-    assert [site.module for site in report.rewritten] == [
-        f"model.layers.{layer}.self_attn.indexer (DeepseekV32Indexer)" for layer in (0, 1)
-    ]
-    assert all("modeling_deepseek_v32.py:" in site.location for site in report.rewritten)
+    (site,) = report.rewritten
+    assert site.module == "model.layers.0.self_attn.indexer (DeepseekV32Indexer)"
+    assert "modeling_deepseek_v32.py:" in site.location
     assert {site.module.rpartition(" ")[2] for site in report.left_alone} == {
         "(DeepseekV32TopkRouter)",
         "(DeepseekV32Experts)",
