@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 
@@ -21,7 +22,13 @@ class NotAnIndexer(Exception):
 
 
 def op_name(node: Node) -> str:
-    return str(node.target) if node.op == "call_function" else node.op
+    if node.op != "call_function":
+        return node.op
+    return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else _name_of(node.target)
+
+
+def _name_of(target: Any) -> str:
+    return str(getattr(target, "__name__", target))
 
 
 def describe(what: Any) -> str:

@@ -102,10 +102,11 @@ def stripped(access: Access) -> Access:
             source, to = argument(node, 0).meta["val"].dtype, node.meta["val"].dtype
             if source not in KEY_DTYPES or to not in SCORE_DTYPES or common_dtype(source, to) != to:
                 return access
-        elif node.target not in LAYOUT:
+        elif node.target not in LAYOUT and node.target is not torch.ops.aten.slice.Tensor:
             return access
         opened = open_access(access)
-        if not isinstance(opened, Access):
+        # A part is read from where it is; only a slice of everything is seen through.
+        if not isinstance(opened, Access) or (node.target not in LAYOUT | CASTS and opened.index != access.index):
             return access
         access = opened
 

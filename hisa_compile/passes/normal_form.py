@@ -85,7 +85,9 @@ class _Outside:
 class _Analysis:
     def __init__(self, form: IndexerForm) -> None:
         self.form = form
-        self.blocker: Node | None = None
+        # For the reason: what was met that has no rule, and the last product on the way.
+        self.blockers: list[Node] = []
+        self.product: Node | None = None
 
     def run(self) -> None:
         form = self.form
@@ -122,9 +124,11 @@ class _Analysis:
                 "compute the score in float32" if dtype == torch.float64 else "",
             )
         if term is None:
-            self.blocker = self.blocker or access.node
+            self.blockers.append(access.node)
         else:
             self.form.chain.append(access.node)
+            if isinstance(term, Sum) and isinstance(term.body, Product):
+                self.product = access.node
         return term
 
     def varies(self, term: Term) -> bool:
@@ -163,8 +167,10 @@ class _Analysis:
                             term = other
                             break
                     else:
+                        numbers = [x for x in map(constant, (then, otherwise)) if x is not None]
+                        filled = f"{numbers[0]:g} in the place of scores" if numbers else "a choice between scores"
                         raise NotAnIndexer(
-                            f"a choice between two values at {describe(condition)}, neither of which hides a token",
+                            f"{filled} at {describe(condition)} hides no token",
                             _node(condition),
                             "hide tokens with -inf or torch.finfo(dtype).min",
                         )
@@ -217,7 +223,6 @@ class _Analysis:
                 case Sum(axes, body):
                     todo.append((body, replace(outside, heads=(*outside.heads, *axes), sums_heads=True)))
                 case Plus(parts):
-                    self.blocker = None
                     if not outside.heads and not outside.weights and not outside.key_weights:
                         # What heads are added to may begin with the mask.
                         down = -outside.scale if self.form.smallest else outside.scale
@@ -229,14 +234,21 @@ class _Analysis:
                         raise NotAnIndexer(
                             f"a term is added to the score that is not provably a mask: {describe(missing[0])}",
                             _node(missing[0]),
-                            "hide tokens with -inf or torch.finfo(dtype).min by a bool mask made in the graph",
+                            'if it is a mask, make it in the graph: scores.masked_fill(hidden, float("-inf"))',
                         )
                     todo.extend((part, replace(outside, sums_heads=True)) for part in reversed(parts))
-                case Where(condition):
+                case Where(condition, then, otherwise):
+                    if any(
+                        number is not None and hides_added(-abs(number)) for number in map(constant, (then, otherwise))
+                    ):
+                        raise NotAnIndexer(
+                            f"a mask, {describe(condition)}, inside the sum over heads",
+                            _node(condition),
+                            "apply the mask after the sum over heads",
+                        )
                     raise NotAnIndexer(
-                        f"a choice by {describe(condition)} inside the sum over heads",
+                        f"the choice by {describe(condition)} is no ReLU, which is 0 below 0 and x above",
                         _node(condition),
-                        "apply the mask after the sum over heads",
                     )
                 case Pieces(axis, pieces):
                     if axis not in outside.heads:
@@ -247,8 +259,15 @@ class _Analysis:
         return found
 
     def no_relu(self, term: Term) -> NotAnIndexer:
-        node = self.blocker or _node(term)
-        return NotAnIndexer(f"no ReLU between the selection and {describe(node or term)}", node)
+        """What stands where the ReLU should be: another function, or the product itself."""
+        suggestion = "apply torch.relu to the products of queries and keys, before the sum over heads"
+        for node in self.blockers:
+            if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+                return NotAnIndexer(f"no ReLU: {describe(node)} is applied instead", node, suggestion)
+        if self.product is not None:
+            return NotAnIndexer(f"no ReLU around the product {describe(self.product)}", self.product, suggestion)
+        last = self.blockers[0] if self.blockers else _node(term)
+        return NotAnIndexer(f"no ReLU between the selection and {describe(last or term)}", last)
 
     def factor(self, factors: tuple[Term, ...], outside: _Outside) -> tuple[Term, _Outside]:
         """Sort the factors of a product; returns the one that holds the ReLU."""
@@ -283,8 +302,8 @@ class _Analysis:
                     opened = open_access(access)
                     if opened is not None:
                         todo.append(opened)
-                    elif self.blocker is None:
-                        self.blocker = access.node
+                    else:
+                        self.blockers.append(access.node)
                 case Product(parts) | Plus(parts):
                     todo.extend(parts)
                 case Pieces(_, pieces):
@@ -309,7 +328,11 @@ class _Analysis:
         form.batch = tuple(a for a in rows if a in form.key.axes)
         form.queries = tuple(a for a in rows if a not in form.key.axes)
         if (not form.queries and len(form.batch) > 1) or self.made_from_query(form.key, rows):
-            raise NotAnIndexer(f"each query has keys of its own: {describe(form.key)}", form.key.node)
+            raise NotAnIndexer(
+                f"each query has keys of its own: {describe(form.key)}",
+                form.key.node,
+                "one set of keys k[b,t,d] for all queries; what a query may see is a mask",
+            )
         self.unify(form.parts)
         first = form.parts[0]
         sums_heads = first.sums_heads
@@ -329,7 +352,7 @@ class _Analysis:
             raise NotAnIndexer(
                 f"the weights vary over the keys ({describe(form.key_weights[0].access)})",
                 form.key_weights[0].access.node,
-                "a scale of the keys belongs before the ReLU",
+                "weights must not vary over the keys; a factor of the keys is one beside weights w[b,s,h] only",
             )
         self.check_axes()
 

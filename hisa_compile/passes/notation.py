@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .axes import Access, Axis, Index, Shifted, resolved
 from .form import Factor, IndexerForm, Part
 from .terms import AnyOf, Clamped, Compare, FloorDiv, Not, Plus, Position, Product, Scalar, Symbol, Term, Where
-from .visibility import Condition, Vectors
+from .visibility import Condition, Vectors, positions
 
 
 def in_index_notation(form: IndexerForm, vectors: Vectors) -> str:
@@ -19,9 +19,11 @@ def in_index_notation(form: IndexerForm, vectors: Vectors) -> str:
     names = _Names()
     for letter, role in (("b", form.batch), ("s", form.queries), ("t", form.keys)):
         names.add(letter, role)
-    # All parts at once, so that their axes don't share letters.
     names.add("h", [axis for part in form.parts for axis in part.heads])
-    names.add("d", [axis for part in form.parts for axis in part.features])
+    for part in form.parts:
+        # The parts have one key, and so the same features.
+        names.add("d", part.features)
+    names.queries = form.queries
     score = f"score{names.index(tuple(axis for role in (form.batch, form.queries, form.keys) for axis in role))}"
     shared = [names.factor(factor) for factor in form.key_weights]
     parts = [names.part(part) for part in form.parts]
@@ -36,6 +38,7 @@ def in_index_notation(form: IndexerForm, vectors: Vectors) -> str:
 class _Names:
     def __init__(self) -> None:
         self.names: dict[Axis, str] = {}
+        self.queries: Index = ()
 
     def add(self, letter: str, axes: Sequence[Axis]) -> None:
         for number, axis in enumerate(axes):
@@ -90,6 +93,8 @@ class _Names:
         match term:
             case Where(condition, Scalar(then), Scalar()):
                 return self.condition(Condition(condition, then > 0))
+            case Clamped(Plus((*rest, Scalar(-1)))):
+                return f"{token} < {self.term(Plus(tuple(rest)))}"
         return f"{token} <= {self.term(term)}"
 
     def condition(self, condition: Condition) -> str:
@@ -98,7 +103,8 @@ class _Names:
     def term(self, term: Term) -> str:
         match term:
             case Access():
-                return self.access(term)
+                found = positions(term, self.queries)
+                return self.access(term) if found is None else self.term(found)
             case Scalar(value):
                 return f"{value:g}"
             case Symbol(node):
@@ -109,6 +115,8 @@ class _Names:
                 return self.term(body)
             case Plus(parts):
                 shown = [self.term(part) for part in parts if part != Scalar(0)]
+                if len(shown) == 2 and isinstance(parts[-1], Scalar) and parts[-1].value < 0:
+                    return f"({shown[0]} - {-parts[-1].value:g})"
                 return shown[0] if len(shown) == 1 else "(" + " + ".join(shown) + ")" if shown else "0"
             case Product(parts):
                 return " * ".join(map(self.term, parts))

@@ -159,12 +159,16 @@ class _Rewriting:
         if mark is None and self.settings.scope == "marked":
             raise NotAnIndexer(
                 'an indexer, not in a marked region while hisa.scope is "marked"',
-                suggestion="decorate the module or function with hisa_compile.hisa",
+                suggestion='decorate the module or function with @hisa_compile.hisa, or set hisa.scope to "all"',
             )
         try:
             return resolve_budget(topk, *self.settings.budget_at(mark))
         except ValueError as error:
-            raise NotAnIndexer(f"an indexer, but the budget does not fit: {error}") from None
+            block_size = self.settings.budget_at(mark)[0]
+            enough = "" if block_size is None else f" to at least {-(-topk // block_size)}"
+            raise NotAnIndexer(
+                f"an indexer, but the budget does not fit: {error}", suggestion=f"raise hisa.block_topk{enough}"
+            ) from None
 
     # Replacing --------------------------------------------------------------------------------------------------
 

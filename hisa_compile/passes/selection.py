@@ -135,7 +135,11 @@ def _parts(sorted_: Node, dim: int, ends: set[bool], flipped: bool = False) -> I
             yield from _parts(user, dim, ends, flipped)
             continue
         if user.target is not aten.slice.Tensor or argument(user, 1, "dim", 0) % rank != dim:
-            raise NotAnIndexer(f"a full sort, not a top-k: {user.name} uses all of it", user)
+            raise NotAnIndexer(
+                f"a full sort, not a top-k: {user.name} uses all of it",
+                user,
+                "select with topk(k), or use nothing but the first k of the sort",
+            )
         start, end = argument(user, 2, "start"), argument(user, 3, "end")
         if argument(user, 4, "step", 1) != 1:
             raise NotAnIndexer(f"a sort of which {user.name} takes every other token", user)
@@ -170,7 +174,10 @@ def _topk(k: Any, tokens: sympy.Expr) -> int:
         if len(bounds) == len(expr.args) - 1 and len(bounds) == 1:
             expr = bounds[0]
     if not expr.is_Integer and same_size(expr, tokens):
-        raise NotAnIndexer(f"every token is selected: k is {tokens}, the number of keys")
+        raise NotAnIndexer(
+            f"every token is selected: k is {tokens}, the number of keys",
+            suggestion="compile or export with more keys than k, so that min(k, keys) stays k",
+        )
     if not expr.is_Integer:
         raise NotAnIndexer(
             f"k = {expr} is neither a number nor min(number, {tokens}), the number of keys",
@@ -189,6 +196,7 @@ def module_path(node: Node) -> str:
         return ""
     path, cls = list(stack.values())[-1]
     path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    path = path.removeprefix("_export_root.")
     path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
     name = cls if isinstance(cls, str) else cls.__name__
     return f"{path} ({name.rpartition('.')[2]})".strip()
@@ -196,5 +204,6 @@ def module_path(node: Node) -> str:
 
 def source_location(node: Node) -> str:
     """file:line of the innermost frame of the model's code, "" if the graph does not say."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    # Generated code, such as the body of an exported branch, is no file that one could open.
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if not f[0].startswith("<")]
     return ":".join(frames[-1]) if frames else ""

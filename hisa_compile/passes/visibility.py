@@ -9,7 +9,7 @@ none of these stays the mask that it is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -92,6 +92,9 @@ class _Reader:
 
     def read(self, term: Term, wanted: bool) -> None:
         """Note what it takes for ``term`` to be ``wanted``."""
+        constant = decision(term)
+        if isinstance(constant, float):
+            term = Scalar(constant)
         if not depends_on(term, self.keys) and not isinstance(term, Scalar):
             # All keys or none: an empty window where it is not as wanted.
             self.found.last.append(Where(term, *((_ANY, _NONE) if wanted else (_NONE, _ANY))))
@@ -109,10 +112,15 @@ class _Reader:
             case Not(body):
                 self.read(body, not wanted)
                 return True
-            case Product(parts) if wanted:
-                return self.read_all((part, True) for part in parts)
-            case AnyOf(parts) if not wanted:
-                return self.read_all((part, False) for part in parts)
+            case Product(parts) | AnyOf(parts):
+                conjunction = isinstance(term, Product)
+                # All of them where all must hold, none where any is too much; else the one that is left in doubt.
+                left = parts if conjunction == wanted else _undecided(parts, conjunction)
+                if conjunction != wanted and len(left) != 1:
+                    return False
+                for part in left:
+                    self.read(part, wanted)
+                return True
             case Where(condition, then, otherwise):
                 return self.choice(condition, then, otherwise, wanted)
             case Compare(kind, left, right):
@@ -133,11 +141,6 @@ class _Reader:
                 # Where the opened form does not help, the tensor that the graph has is the condition.
                 return self.split(opened, wanted)
         return False
-
-    def read_all(self, terms: Iterable[tuple[Term, bool]]) -> bool:
-        for term, wanted in terms:
-            self.read(term, wanted)
-        return True
 
     def choice(self, condition: Term, then: Term, otherwise: Term, wanted: bool) -> bool:
         """where(c, a, b) with one branch that is constant is a conjunction or a disjunction."""
@@ -204,6 +207,11 @@ class _Reader:
         # floor(x / d) <= r  <=>  x <= d r + d - 1;   floor(x / d) >= r  <=>  x >= d r
         limit = Product((Clamped(rows), Scalar(term.divisor)))
         self.compare(kind, term.body, _plus(limit, term.divisor - 1 if kind == "<=" else 0))
+
+
+def _undecided(parts: Sequence[Term], neutral: bool) -> tuple[Term, ...]:
+    """Without those that are always ``neutral``: True in a conjunction, False in a disjunction."""
+    return tuple(part for part in parts if decision(part) != float(neutral))
 
 
 _ANY, _NONE = Scalar(2**31 - 2), Scalar(-1)
@@ -299,6 +307,19 @@ class _Linear:
             # Data of the keys, which can still be compared for equality.
             self.keys, self.rows, self.constant = before
             self.keys.append((factor, term))
+
+
+def positions(term: Term, axes: Index) -> Term | None:
+    """The term as a sum of positions along ``axes`` and a number, if it is nothing else."""
+    expression = _Linear(resolved(axes))
+    try:
+        expression.add(term, 1)
+    except _NotVectors:
+        return None
+    if expression.rows or not all(isinstance(part, Position) for _, part in expression.keys):
+        return None
+    found = Plus(tuple(_scaled(part, factor) for factor, part in expression.keys))
+    return _plus(found, expression.constant) if found.terms else Scalar(expression.constant)
 
 
 # Choices between numbers ----------------------------------------------------------------------------------------------

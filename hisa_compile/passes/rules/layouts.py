@@ -72,6 +72,21 @@ def _expand(node: Node, index: tuple[Index, ...]) -> Term | None:
     return None if read is None else Access(x, read)
 
 
+@rule(aten.repeat.default, kind=LAYOUT)
+def _repeat(node: Node, index: tuple[Index, ...]) -> Term | None:
+    x, times = argument(node, 0), argument(node, 1, "repeats")
+    sizes = shape_of(x)
+    read: list[Index] = []
+    for dim, size, count in zip(index[len(index) - len(sizes) :], sizes, times[len(times) - len(sizes) :], strict=True):
+        if size == 1:
+            read.append(())
+        elif isinstance(count, int) and count == 1:
+            read.append(dim)
+        else:
+            return None
+    return Access(x, tuple(read))
+
+
 @rule(aten.permute.default, kind=LAYOUT)
 def _permute(node: Node, index: tuple[Index, ...]) -> Term | None:
     order = dims_of(argument(node, 1, "dims"), len(index))
