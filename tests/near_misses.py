@@ -39,9 +39,9 @@ def _one_chunk(program: Program) -> bool:
 
 
 def _per_head(program: Program) -> bool:
-    """Where scores with a head axis get through to the selection."""
+    """Where scores with a head axis get through to the selection; for a single query they are as good as queries."""
     plain = program.mask == "none" and program.scale != "key_after" and program.layout in ("bshd", "bhsd", "squeezed")
-    return plain and _sums_in_one_go(program)
+    return plain and _sums_in_one_go(program) and program.chunks == 1
 
 
 def _has_values(program: Program) -> bool:
@@ -311,6 +311,11 @@ class NearMiss(Program):
     @property
     def functional(self) -> bool:
         return BREAKINGS[self.break_].step != "written"
+
+    @property
+    def takes_symbols(self) -> bool:
+        # torch's own dropout asks for a number of elements.
+        return super().takes_symbols and "dropout" not in self.break_
 
     @property
     def under_autograd(self) -> bool:

@@ -136,6 +136,11 @@ class Program:
         weightless = self.head_sum in ("none", "mean") and self.scale == "key_after"
         return self.tokens > 1 and not (self.mask == "add_min_bf16" and self.outputs != "indices") and not weightless
 
+    @property
+    def takes_symbols(self) -> bool:
+        """Whether its sizes may be symbols: not those of chunks, nor a group of heads that is 1 by a guard alone."""
+        return self.chunks == 1 and not (self.layout == "two_heads" and self.heads == 1)
+
     # The program ----------------------------------------------------------------------------------------------------
 
     def run(self, q: Tensor, k: Tensor, weights: Tensor, *data: Tensor) -> Any:

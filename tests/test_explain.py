@@ -390,13 +390,13 @@ class NearMiss:
 
     @staticmethod
     def no_relu(q, k, w):
-        scores = (torch.einsum("bshd,btd->bsht", q, k) * w[..., None]).sum(2)
-        return scores.topk(6).indices  # here
+        scores = (torch.einsum("bshd,btd->bsht", q, k) * w[..., None]).sum(2)  # here
+        return scores.topk(6).indices
 
     @staticmethod
     def gelu(q, k, w):
-        scores = (F.gelu(torch.einsum("bshd,btd->bsht", q, k)) * w[..., None]).sum(2)
-        return scores.topk(6).indices  # here
+        scores = (F.gelu(torch.einsum("bshd,btd->bsht", q, k)) * w[..., None]).sum(2)  # here
+        return scores.topk(6).indices
 
     @staticmethod
     def smallest(q, k, w):
@@ -462,20 +462,38 @@ class NearMiss:
 
 # program, the reason, the node, the suggestion ("" where there is none), options
 PRINTED: dict[str, tuple[str, str, str, str, dict[str, Any]]] = {
-    "no ReLU": ("no_relu", "no ReLU between the selection and", r"at \S+", "", {}),
-    "another activation": ("gelu", "no ReLU between the selection and", r"at \S+", "", {}),
+    "no ReLU": ("no_relu", "no ReLU around the product", r"at aten\.bmm", r"apply torch\.relu to the products", {}),
+    "another activation": ("gelu", r"aten\.erf.* is applied instead", r"at aten\.erf", r"apply torch\.relu", {}),
     "smallest": ("smallest", "keeps the smallest scores", r"at aten\.sum", r"topk\(-score, largest=False\)", {}),
-    "finite fill": ("finite_fill", "neither of which hides a token", r"at aten\.gt", "-inf or torch.finfo", {}),
+    "finite fill": (
+        "finite_fill",
+        "-1 in the place of scores at .* hides no token",
+        r"at aten\.gt",
+        "-inf or torch.finfo",
+        {},
+    ),
     "float64": ("float64", r"computed in torch\.float64", r"at aten\.", "compute the score in float32", {}),
     "mask inside": ("mask_inside", "inside the sum over heads", r"at aten\.gt", "after the sum over heads", {}),
-    "weights over keys": ("weights_over_keys", "vary over the keys", r"at aten\.sum", "belongs before the ReLU", {}),
-    "added": ("added", "added to the score that is not provably a mask", r"at aten\.", "by a bool mask", {}),
+    "weights over keys": (
+        "weights_over_keys",
+        "vary over the keys",
+        r"at aten\.sum",
+        "weights must not vary over the keys",
+        {},
+    ),
+    "added": ("added", "added to the score that is not provably a mask", r"at aten\.", r"masked_fill\(hidden", {}),
     "k is no number": ("share_of_the_keys", "neither a number nor min", "at .*floordiv", "select a fixed number", {}),
     "whole sort": ("whole_sort", "a full sort, not a top-k", r"at aten\.mul", "", {}),
     "own keys": ("own_keys", "each query has keys of its own", r"at aten\.", "", {}),
     "values in training": ("values", "a gradient may flow", "at .*getitem", r"under torch\.no_grad\(\)", {}),
     "opted out": ("plain", "opted out by its mark", "", "", {}),
-    "scope": ("plain", "not in a marked region", "", "decorate .* with hisa_compile.hisa", {"hisa.scope": "marked"}),
+    "scope": (
+        "plain",
+        "not in a marked region",
+        "",
+        r"@hisa_compile\.hisa, or set hisa\.scope",
+        {"hisa.scope": "marked"},
+    ),
     "budget": (
         "plain",
         "got 2 \\* 1 = 2 candidates, expected at least topk = 6",
@@ -525,8 +543,8 @@ NOTATION = {
     ),
     "loop over heads": (
         Program(head_sum="loop", heads=2),
-        "score[b,s,t] = (select[b,s] * relu(sum_d0 slice[b,s,0,d0] * k[b,t,d0])"
-        " + select[b,s] * relu(sum_d1 slice[b,s,0,d1] * k[b,t,d1]))",
+        "score[b,s,t] = (select[b,s] * relu(sum_d slice[b,s,0,d] * k[b,t,d])"
+        " + select[b,s] * relu(sum_d slice[b,s,0,d] * k[b,t,d]))",
     ),
     "two heads axes": (
         Program(layout="two_heads", mask="free"),

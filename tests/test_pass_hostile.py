@@ -172,3 +172,159 @@ def test_writes_by_keyword_and_through_lists_are_seen(write) -> None:  # type: i
     module = make_fx(run)(Q, KEYS, W)
     (site,) = rewrite_indexers(module.graph, EVERYTHING)
     assert "written to" in site.reason
+
+
+# False rewrites once found by reading the analysis: each is what the original computes, or it is left alone ----
+
+_INT64 = torch.iinfo(torch.int64)
+_LIMITS = torch.tensor([_INT64.min, 3, 9, 20, _INT64.max])[None].expand(B, S).contiguous()
+_Q_IDS = (torch.arange(B * S) % 3).view(B, S)
+_K_IDS = ((torch.arange(B * T) % 3) + 256 * (torch.arange(B * T) % 2)).view(B, T)
+_INF = float("inf")
+
+
+def _hide(scores: Tensor, hidden: Tensor) -> Tensor:
+    return scores.masked_fill(hidden, -_INF)
+
+
+def _positions() -> Tensor:
+    return torch.arange(T)
+
+
+WRONG_ONCE = {
+    "-inf for every token": lambda q, k, w, *data: score(q, k, w) + torch.full((T,), -_INF),
+    "-inf as a number": lambda q, k, w, *data: score(q, k, w) + -_INF,
+    "a fill that a cast makes infinite": lambda q, k, w, *data: torch.where(
+        _positions() > 3, torch.full((), torch.finfo(torch.float32).min).to(torch.bfloat16).float(), score(q, k, w)
+    ),
+    "a fill of float64 that float32 does not have": lambda q, k, w, *data: torch.where(
+        _positions() > 3, torch.full((), -1e300, dtype=torch.float64).float(), score(q, k, w)
+    ),
+    "a fill that a scale makes infinite": lambda q, k, w, *data: (
+        score(q, k, w).masked_fill(_positions() > 3, torch.finfo(torch.float32).min) * 2
+    ),
+    "a strict bound at the end of int64": lambda q, k, w, limits, q_ids, k_ids: _hide(
+        score(q, k, w), torch.logical_not(_positions() > limits[..., None])
+    ),
+    "a strict bound at the start of int64": lambda q, k, w, limits, q_ids, k_ids: _hide(
+        score(q, k, w), _positions() >= limits[..., None]
+    ),
+    "ids that a cast makes equal": lambda q, k, w, limits, q_ids, k_ids: _hide(
+        score(q, k, w), q_ids.to(torch.uint8)[..., None] != k_ids.to(torch.uint8)[:, None]
+    ),
+    "unsigned ids that wrap": lambda q, k, w, limits, q_ids, k_ids: _hide(
+        score(q, k, w), (q_ids - 1).to(torch.uint8)[..., None] != (k_ids % 3).to(torch.uint8)[:, None] - 1
+    ),
+    "positions that wrap": lambda q, k, w, *data: _hide(
+        score(q, k, w), (_positions() * 20).to(torch.uint8) > torch.arange(S)[:, None] * 40
+    ),
+    "a choice that a cast makes 0": lambda q, k, w, *data: _hide(
+        score(q, k, w), torch.where(_positions() > 9, 256, 0).to(torch.uint8) == 0
+    ),
+    "a choice that underflows": lambda q, k, w, *data: _hide(
+        score(q, k, w), torch.where(_positions() > 9, 1e-30, 0.0).half() != 0
+    ),
+    "positions times 0": lambda q, k, w, *data: _hide(score(q, k, w), _positions() * 0 > torch.arange(S)[:, None] - 2),
+    "positions below infinity": lambda q, k, w, *data: _hide(score(q, k, w), torch.logical_not(_positions() < _INF)),
+    "positions below NaN": lambda q, k, w, *data: _hide(score(q, k, w), torch.logical_not(_positions() < float("nan"))),
+    "a triangle of a part of the rows, side by side": lambda q, k, w, *data: _hide(
+        score(q, k, w),
+        torch.ones(S + 2, 7, dtype=torch.bool).tril(1)[2:][:, None].expand(S, 3, 7).reshape(S, T),
+    ),
+    "masks and no score": lambda q, k, w, *data: (
+        torch.where(_positions() > 9, -_INF, 0.0) + torch.where(_positions() < 3, -_INF, 0.0)
+    ),
+}
+
+LOSSY = {
+    "sorted, through int": lambda scores: scores.sort(descending=True).values.int().float()[..., :K],
+    "sorted, through half": lambda scores: scores.sort(descending=True).values.half().float()[..., :K],
+    "sorted, through bool": lambda scores: scores.sort(descending=True).values.bool().float()[..., :K],
+    "indices through bool": lambda scores: scores.sort(descending=True).indices.bool().long()[..., :K],
+    "all but the last, sorted": lambda scores: scores.sort(descending=True).values[..., :-3],
+}
+
+
+def _equals_the_original(run, *inputs: Tensor, functional: bool = True) -> None:  # type: ignore[no-untyped-def]
+    for decompose in (False, True):
+        module = aten_graph(run, inputs, decompose=decompose, functional=functional)
+        sites = rewrite_indexers(module.graph, EVERYTHING)
+        module.recompile()
+        assert not any("internal error" in site.reason for site in sites), sites
+        expected, actual = run(*inputs), module(*inputs)
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, equal_nan=True, msg=f"{expected}\n{actual}\n{sites}")
+
+
+@pytest.mark.parametrize("name", WRONG_ONCE)
+def test_what_was_rewritten_wrongly_is_right_or_left_alone(name: str) -> None:
+    """Bounds, ids and fills at the ends of their types, casts that lose something, sums that are all mask."""
+    data = (Q, KEYS, W, _LIMITS, _Q_IDS, _K_IDS)
+    _equals_the_original(lambda *inputs: WRONG_ONCE[name](*inputs).topk(K).values, *data)
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_lossy_cast_between_a_selection_and_its_part_stays(name: str) -> None:
+    """What stands between a sort and its slice may change the numbers."""
+    _equals_the_original(lambda q, k, w: LOSSY[name](score(q, k, w)), Q, KEYS, W)
+
+
+def test_a_lossy_cast_between_chunks_and_their_cat_stays() -> None:
+    """So may what stands between the selections of chunks and the cat that joins them."""
+
+    def run(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+        parts = [score(q[:, rows], k, w[:, rows]).topk(K).values for rows in (slice(0, 2), slice(2, S))]
+        return torch.cat([part.int().float() for part in parts], 1)
+
+    _equals_the_original(run, Q, KEYS, W)
+
+
+def _zeros_and_slices(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    mask = torch.zeros(S, T)
+    mask[:, 5:] = -_INF
+    return score(q, k, w) + mask
+
+
+def _infinities_and_slices(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    mask = torch.full((S, T), -_INF)
+    mask[:, :9] = 0
+    return score(q, k, w) + mask
+
+
+def _hidden_and_slices(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    hidden = torch.zeros(S, T, dtype=torch.bool)
+    hidden[:, 5:] = True
+    return _hide(score(q, k, w), hidden)
+
+
+def _number_that_changes(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    number = torch.ones(1)
+    view = number.view(())
+    number.mul_(-1)
+    return score(q, k, w) * view
+
+
+def _zeros_that_change(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    floor = torch.zeros(T)
+    floor[3:] = 1.0
+    return (torch.maximum(torch.einsum("bshd,btd->bsht", q, k), floor) * w[..., None]).sum(2)
+
+
+@pytest.mark.parametrize(
+    "run", [_zeros_and_slices, _infinities_and_slices, _hidden_and_slices, _number_that_changes, _zeros_that_change]
+)
+def test_constants_that_are_written_to_are_none(run) -> None:  # type: ignore[no-untyped-def]
+    """In a graph that is not functional, ``zeros`` is not 0 where a slice of it was written to."""
+    _equals_the_original(lambda q, k, w: run(q, k, w).topk(K).values, Q, KEYS, W, functional=False)
+
+
+def test_a_python_sum_over_heads_is_one() -> None:
+    """``sum(... for h in heads)`` starts at 0, which is no term of the score."""
+
+    def run(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+        heads = (torch.einsum("bsd,btd->bst", q[:, :, h], k).relu() * w[:, :, h, None] for h in range(H))
+        return sum(heads, start=0).topk(K).values  # type: ignore[union-attr]
+
+    module, (site,) = visit(run, Q, KEYS, W)
+    assert site.rewritten, site
+    torch.testing.assert_close(module(Q, KEYS, W), run(Q, KEYS, W))

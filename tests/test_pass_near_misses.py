@@ -251,8 +251,8 @@ def check_near_miss(program: NearMiss, symbolic: bool) -> list[str]:
 
 
 def is_symbolic(draw: int, program: Program) -> bool:
-    """One in eight, as tracing with symbols takes long; the sizes of chunks are not for symbols."""
-    return draw == 0 and program.chunks == 1
+    """One in eight, as tracing with symbols takes long."""
+    return draw == 0 and program.takes_symbols
 
 
 _generated = settings(
@@ -268,19 +268,6 @@ _generated = settings(
 def test_any_program_with_one_obligation_broken_comes_back_node_for_node(program: NearMiss, draw: int) -> None:
     """Any breaking, in any spelling, layout, mask, selection and chunking that it can stand in."""
     check_near_miss(program, is_symbolic(draw, program))
-
-
-@pytest.mark.parametrize("name", BREAKINGS)
-@pytest.mark.slow
-def test_each_breaking_breaks_some_program(name: str) -> None:
-    """Nothing in the table is beyond reach, and every one is met, whatever is drawn."""
-
-    @settings(_generated, max_examples=5)
-    @given(near_misses(break_=name), st.integers(0, 7))
-    def check(program: NearMiss, draw: int) -> None:
-        check_near_miss(program, is_symbolic(draw, program))
-
-    check()
 
 
 def check_uneven(program: Uneven) -> bool:
@@ -301,7 +288,7 @@ def check_uneven(program: Uneven) -> bool:
     return all(site.rewritten for site in sites)
 
 
-@settings(_generated, max_examples=50)
+@settings(_generated, max_examples=30)
 @given(uneven_programs())
 def test_chunks_that_differ_are_each_what_they_were(program: Uneven) -> None:
     """Other keys, scales, masks or heads in one chunk: however they are rewritten, the results are the original's."""
@@ -324,28 +311,25 @@ PARTS = 4
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_thousands_of_near_misses_come_back(part: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Not one of thousands is rewritten."""
+    """Not one of thousands is rewritten, of each breaking the same number."""
     seen: set[NearMiss] = set()
     reasons: Counter[str] = Counter()
+    names = list(BREAKINGS)[part::PARTS]
+    for name in names:
+        # Some are drawn twice.
+        @settings(_generated, max_examples=1300 // len(names), database=None)
+        @given(near_misses(break_=name), st.integers(0, 7))
+        def check(program: NearMiss, draw: int) -> None:
+            if program not in seen:
+                found = check_near_miss(program, is_symbolic(draw, program))
+                reasons.update({reason.partition("(")[0].partition(":")[0] for reason in found})
+                seen.add(program)
 
-    # A few are drawn twice.
-    @settings(_generated, max_examples=1050, database=None)
-    @given(near_misses(seed=st.integers(0, 2**20).map(lambda seed: seed * PARTS + part)), st.integers(0, 7))
-    def check(program: NearMiss, draw: int) -> None:
-        if program not in seen:
-            symbolic = is_symbolic(draw, program)
-            reasons.update(
-                {reason.partition("(")[0].partition(":")[0] for reason in check_near_miss(program, symbolic)}
-            )
-            seen.add(program)
-
-    check()
-    kinds = {program.break_ for program in seen}
+        check()
     with capsys.disabled():
-        print(f"\nnear misses, part {part}: 0 rewritten / {len(seen)} tried, {len(kinds)} breakings; reasons:")
+        print(f"\nnear misses, part {part}: 0 rewritten / {len(seen)} tried, {len(names)} breakings; reasons:")
         print(*(f"  {count:5} {reason}" for reason, count in reasons.most_common(12)), sep="\n")
     assert len(seen) >= 1000
-    assert len(kinds) > len(BREAKINGS) * 0.9
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from .axes import Access, Axis, product_of_sizes, resolved, same_index, same_nod
 from .emit import Emitter
 from .form import Factor, IndexerForm, Part, matched_features
 from .joining import alike, join_heads, join_parts, joined_axis
-from .rules import CASTS, COPIES, argument
-from .selection import Output, Selection
+from .rules import argument
+from .selection import Output, Selection, is_exact_step
 
 aten = torch.ops.aten
 
@@ -75,13 +75,13 @@ def _cat_after(output: Node) -> Node | None:
         (node,) = users
         if node.target is aten.cat.default:
             return node
-        if node.target not in CASTS | COPIES:
+        if not is_exact_step(node):
             break
     return None
 
 
 def _uncast(x: Node) -> Node:
-    while x.target in CASTS | COPIES and len(x.users) == 1:
+    while is_exact_step(x) and len(x.users) == 1:
         x = argument(x, 0)
     return x
 

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from .axes import Access, Index, product_of_sizes
 from .emit import Emitter
-from .terms import AnyOf, Clamped, Compare, FloorDiv, Not, Plus, Position, Product, Scalar, Symbol, Term, Where
+from .terms import AnyOf, Clamped, Compare, FloorDiv, Not, Plus, Position, Product, Scalar, Symbol, Term, Where, leaves
 from .visibility import Condition, Vectors
 
 aten = torch.ops.aten
@@ -19,6 +19,8 @@ aten = torch.ops.aten
 _COMPARISONS = {"<": aten.lt, "<=": aten.le, "==": aten.eq, "!=": aten.ne, ">=": aten.ge, ">": aten.gt}
 # What the operator's windows are made of; a bound is brought into its range before it is cast.
 _LOWEST, _HIGHEST = -(2**31), 2**31 - 2
+# Times this is where a bound is cut off that multiples of positions are compared with.
+_WIDE = 2**20
 
 Value = Node | int | float
 
@@ -42,6 +44,12 @@ def visibility_arguments(
         """One position after the last one that is visible."""
         if isinstance(term, Clamped) and isinstance(term.body, Plus) and term.body.terms[-1] == Scalar(-1):
             return values.tensor(Clamped(Plus(term.body.terms[:-1])), rows)
+        if isinstance(term, Scalar):
+            return values.tensor(Scalar(term.value + 1), rows)
+        number = term.terms[-1] if isinstance(term, Plus) else None
+        if isinstance(term, Plus) and isinstance(number, Scalar):
+            others = term.terms[:-1]
+            return values.tensor(Plus(others if number.value == -1 else (*others, Scalar(number.value + 1))), rows)
         return emit.call(aten.add.Tensor, values.tensor(term, rows), 1)
 
     def per_key(x: Node) -> Node:
@@ -134,10 +142,13 @@ class _Values:
                 if isinstance(x, Node) and isinstance(x.meta["val"], torch.Tensor):
                     return emit.call(aten.div.Tensor_mode, x, divisor, rounding_mode="floor")
                 return x // divisor if not isinstance(x, Node) else emit.call(operator.floordiv, x, divisor)
-            case Clamped(body):
+            case Clamped(body, wide):
+                if wide and not _is_int64(body):
+                    return self.value(body, dims)
                 # As Inductor's decompositions leave a clamp, which have already run.
-                low = emit.call(aten.clamp_min.default, self.tensor(body, dims), _LOWEST)
-                return emit.call(aten.clamp_max.default, low, _HIGHEST)
+                reach = _WIDE if wide else 1
+                low = emit.call(aten.clamp_min.default, self.tensor(body, dims), _LOWEST * reach)
+                return emit.call(aten.clamp_max.default, low, _HIGHEST * reach)
             case Where(condition, then, otherwise):
                 branches = (self.tensor(x, dims) for x in (then, otherwise))
                 return emit.call(aten.where.self, self.boolean(condition, dims), *branches)
@@ -171,6 +182,12 @@ class _Values:
         if x.meta["val"].device == self.device:
             return x
         return self.emit.call(torch.ops.prims.device_put.default, x, self.device)
+
+
+def _is_int64(term: Term) -> bool:
+    """Whether the term reads numbers that may be anything."""
+    found = [leaf.node.meta["val"] for leaf in leaves(term) if isinstance(leaf, Access)]
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.int64 for value in found)
 
 
 def _is_tensor(x: Value) -> bool:

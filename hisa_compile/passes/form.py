@@ -54,6 +54,7 @@ class IndexerForm:
     key: K is it times the key factors, per-key scales inside the ReLU.  key_weights: g is their product.
     conditions: visible where all of them say so.
     fills: the values that hidden scores have in the original (what its consumer may see of them).
+    traces: hidden scores leave a trace in those values, or they are rounded.
     chain: the nodes that the description replaces, from the selection's input to the product.
     """
 
@@ -65,7 +66,7 @@ class IndexerForm:
     parts: list[Part] = field(default_factory=list)
     conditions: list[Condition] = field(default_factory=list)
     fills: set[float] = field(default_factory=set)
-    finite_addend: bool = False
+    traces: bool = False
     chain: list[Node] = field(default_factory=list)
 
     @property

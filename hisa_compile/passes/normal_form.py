@@ -163,7 +163,7 @@ class _Analysis:
                         number = constant(fill)
                         if number is not None and hides(number * (1 if down > 0 else -1), dtype):
                             self.form.conditions.append(Condition(condition, not hidden_when))
-                            self.form.fills.add(number * scale)
+                            self.note_fill(number, scale)
                             term = other
                             break
                     else:
@@ -177,6 +177,8 @@ class _Analysis:
                 case Plus(terms):
                     masks = [part for part in terms if self.mask_term(part, down, scale)]
                     rest = [part for part in terms if part not in masks]
+                    if not rest:
+                        raise NotAnIndexer("masks are added to nothing that depends on the key")
                     if len(rest) == 1:
                         term = rest[0]
                     elif masks:
@@ -193,14 +195,19 @@ class _Analysis:
             return False
         numbers = tree.numbers() if isinstance(tree, Choice) else [tree]
         sign = 1 if down > 0 else -1
-        if not all(number == 0 or hides_added(number * sign) for number in numbers):
+        if 0 not in numbers or not all(number == 0 or hides_added(number * sign) for number in numbers):
             return False
         if isinstance(tree, Choice):
             self.form.conditions.append(Condition(as_condition(tree.map(lambda number: float(number == 0))), True))
-            hiding = {number for number in numbers if number != 0}
-            self.form.fills |= {number * scale for number in hiding}
-            self.form.finite_addend |= not all(map(math.isinf, hiding))
+            for number in set(numbers) - {0}:
+                self.note_fill(number, scale)
+                self.form.traces |= math.isfinite(number)
         return True
+
+    def note_fill(self, number: float, scale: float) -> None:
+        """Note what a hidden score becomes; a scale rounds a finite one, or makes it infinite."""
+        self.form.fills.add(number * scale)
+        self.form.traces |= math.isfinite(number) and abs(scale) != 1
 
     # g * sum_h W * ReLU(...) ----------------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ class _Names:
         match term:
             case Where(condition, Scalar(then), Scalar()):
                 return self.condition(Condition(condition, then > 0))
-            case Clamped(Plus((*rest, Scalar(-1)))):
+            case Clamped(Plus((*rest, Scalar(-1))), _) | Plus((*rest, Scalar(-1))):
                 return f"{token} < {self.term(Plus(tuple(rest)))}"
         return f"{token} <= {self.term(term)}"
 
@@ -111,7 +111,7 @@ class _Names:
                 return node.name
             case Position(index):
                 return "".join(self.axis(axis) for axis in resolved(index)) or "0"
-            case Clamped(body):
+            case Clamped(body, _):
                 return self.term(body)
             case Plus(parts):
                 shown = [self.term(part) for part in parts if part != Scalar(0)]

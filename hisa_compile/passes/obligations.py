@@ -15,7 +15,7 @@ from .form import IndexerForm
 from .rules import argument
 from .selection import Selection
 from .terms import leaves
-from .visibility import Condition, Vectors
+from .visibility import Vectors
 
 aten = torch.ops.aten
 
@@ -56,7 +56,7 @@ def check_obligations(facts: GraphFacts, selection: Selection, form: IndexerForm
                 "detach the scores, or select under torch.no_grad()",
             )
         finite = any(math.isfinite(fill) for fill in form.fills)
-        if form.finite_addend or (finite and len(form.fills) > 1):
+        if form.traces or (finite and len(form.fills) > 1):
             raise NotAnIndexer(
                 "its values are used, and the mask does not set hidden ones to one value",
                 selection.values[0].node,
@@ -75,7 +75,7 @@ def _read_for_visibility(vectors: Vectors) -> Iterable[Access]:
 def _check_mutations(facts: GraphFacts, selection: Selection, form: IndexerForm, vectors: Vectors) -> None:
     """In a graph that is not functional: nothing read by the indexer is written to before the selection."""
     read = {access.node for access in (*form.operands(), *_read_for_visibility(vectors))}
-    used = read.union(form.chain, _between(form.conditions, read))
+    used = read | _between(form.score.node, read)
     first, last = min(facts.order[node] for node in used), facts.order[selection.node]
     roots = {_storage_of(node) for node in used}
     for node in facts.writes:
@@ -90,9 +90,9 @@ def _check_mutations(facts: GraphFacts, selection: Selection, form: IndexerForm,
                     raise NotAnIndexer(f"{value.name} is written to by {node.name} before the selection", node)
 
 
-def _between(conditions: Iterable[Condition], read: set[Node]) -> set[Node]:
-    """What lies between the masks and the tensors that are read in their place."""
-    todo = [leaf.node for condition in conditions for leaf in leaves(condition.term) if isinstance(leaf, Access)]
+def _between(score: Node, read: set[Node]) -> set[Node]:
+    """What the score is made of, down to the tensors that are read in its place."""
+    todo = [score]
     seen: set[Node] = set()
     while todo:
         node = todo.pop()

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from .axes import same_size, shape_of, size_expr
 from .errors import NotAnIndexer
+from .form import common_dtype
 from .rules import CASTS, COPIES, LAYOUT, argument
 
 aten = torch.ops.aten
@@ -131,7 +132,7 @@ def _parts(sorted_: Node, dim: int, ends: set[bool], flipped: bool = False) -> I
         if user.target in FLIPS and [d % rank for d in argument(user, 1)] == [dim]:
             yield from _parts(user, dim, ends, not flipped)
             continue
-        if user.target in CASTS | COPIES or (user.target is aten.slice.Tensor and _keeps_all(user)):
+        if is_exact_step(user) or (user.target is aten.slice.Tensor and _keeps_all(user)):
             yield from _parts(user, dim, ends, flipped)
             continue
         if user.target is not aten.slice.Tensor or argument(user, 1, "dim", 0) % rank != dim:
@@ -152,6 +153,18 @@ def _parts(sorted_: Node, dim: int, ends: set[bool], flipped: bool = False) -> I
             raise NotAnIndexer(f"a sort of which {user.name} takes tokens from the middle", user)
         ends.add(at_end != flipped)
         yield Output(user, count, at_end)
+
+
+def is_exact_step(user: Node) -> bool:
+    """Whether what stands between a selection and its part, a copy or a cast, keeps scores and positions."""
+    if user.target in COPIES:
+        return True
+    if user.target not in CASTS:
+        return False
+    source, to = argument(user, 0).meta["val"].dtype, user.meta["val"].dtype
+    if source.is_floating_point:
+        return bool(to.is_floating_point and common_dtype(source, to) == to)
+    return to in (torch.int64, torch.int32)
 
 
 def _keeps_all(part: Node) -> bool:

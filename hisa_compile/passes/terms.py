@@ -126,9 +126,13 @@ class Abs:
 
 @dataclass(frozen=True)
 class Clamped:
-    """An integer bound on positions, brought into the range of int32: no position lies beyond it."""
+    """An integer bound on positions, brought into the range of int32: no position lies beyond it.
+
+    ``wide``: into one that holds small multiples of positions too, and is far from the ends of int64.
+    """
 
     body: Term
+    wide: bool = False
 
 
 Term: TypeAlias = (
@@ -171,7 +175,7 @@ def leaves(term: Term) -> Iterator[Access | Position | Symbol]:
         case Compare(_, left, right):
             yield from leaves(left)
             yield from leaves(right)
-        case Inverse(body) | Sum(_, body) | Relu(body) | Not(body) | Abs(body) | Clamped(body) | FloorDiv(body, _):
+        case Inverse(body) | Sum(_, body) | Relu(body) | Not(body) | Abs(body) | Clamped(body, _) | FloorDiv(body, _):
             yield from leaves(body)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from .axes import Access, Index, Shifted, resolved
-from .rules import CASTS, argument, open_access
+from .rules import CASTS, argument, open_access, rounded
 from .terms import (
     Abs,
     AnyOf,
@@ -36,6 +36,8 @@ from .terms import (
 
 _NEGATED = {"<": ">=", "<=": ">", "==": "!=", "!=": "==", ">=": "<", ">": "<="}
 _MIRRORED = {"<": ">", "<=": ">=", "==": "==", "!=": "!=", ">=": "<=", ">": "<"}
+# Factors and divisors of positions up to which nothing that is computed here can leave int64.
+_LARGEST_FACTOR = 2**11
 # Paths through nested choices between constants that are followed before giving up.
 _MOST_CASES = 64
 
@@ -191,6 +193,9 @@ class _Reader:
 
     def bound(self, kind: str, factor: int, term: Term, rows: Term) -> None:
         """Note ``factor * term kind rows`` where the term is made of the key's position."""
+        # Bounds at the ends of int64 stand for no bound; cut off, they can be computed with.
+        small = _is_small(rows, self.queries)
+        rows = rows if small else Clamped(rows, wide=True)
         if kind == "<":
             kind, rows = "<=", _plus(rows, -1)
         elif kind == ">":
@@ -201,9 +206,12 @@ class _Reader:
             # The largest integer below, or the smallest above.
             rows = FloorDiv(_plus(rows, factor - 1 if kind == ">=" else 0), factor)
         if isinstance(term, Position):
-            (self.found.last if kind == "<=" else self.found.first).append(Clamped(rows))
+            small = small and factor == 1
+            (self.found.last if kind == "<=" else self.found.first).append(rows if small else Clamped(rows))
             return
         assert isinstance(term, FloorDiv)
+        if term.divisor > _LARGEST_FACTOR:
+            raise _NotVectors
         # floor(x / d) <= r  <=>  x <= d r + d - 1;   floor(x / d) >= r  <=>  x >= d r
         limit = Product((Clamped(rows), Scalar(term.divisor)))
         self.compare(kind, term.body, _plus(limit, term.divisor - 1 if kind == "<=" else 0))
@@ -230,6 +238,16 @@ def _plus(term: Term, number: int) -> Term:
 
 def _scaled(term: Term, factor: int) -> Term:
     return term if factor == 1 else Product((term, Scalar(factor)))
+
+
+def _keeps_integers(node: Node) -> bool:
+    """Whether an operation is no cast, or one that keeps every integer: all but from int64, unless of positions."""
+    if node.target not in CASTS:
+        return True
+    source: torch.dtype = argument(node, 0).meta["val"].dtype
+    if source.is_floating_point or source == torch.bool:
+        return False
+    return source == node.meta["val"].dtype or source != torch.int64 or "arange" in str(argument(node, 0).target)
 
 
 def _integer(value: float) -> int:
@@ -270,12 +288,18 @@ class _Linear:
                 self.access(term, node.meta["val"].dtype, factor)
             case _ if not depends_on(term, self.axes):
                 self.rows.append((factor, term))
-            case Position(index) if resolved(index) == self.axes:
-                self.keys.append((factor, term))
+            case Position(index) if resolved(index) == resolved(self.axes):
+                self.add_key(factor, term)
             case FloorDiv():
-                self.keys.append((factor, term))
+                self.add_key(factor, term)
             case _:
                 raise _NotVectors
+
+    def add_key(self, factor: int, term: Term) -> None:
+        if abs(factor) > _LARGEST_FACTOR or abs(self.constant) > _LARGEST_FACTOR:
+            raise _NotVectors
+        if factor:
+            self.keys.append((factor, term))
 
     def other_side(self) -> Term:
         """What the terms of the keys are compared with."""
@@ -297,7 +321,8 @@ class _Linear:
         if not depends_on(term, self.axes):
             self.rows.append((factor, term))
             return
-        opened = None if dtype == torch.bool else open_access(term)
+        # In narrower types sums wrap around; and a cast to one may.
+        opened = open_access(term) if dtype in (torch.int64, torch.int32) and _keeps_integers(term.node) else None
         before = list(self.keys), list(self.rows), self.constant
         try:
             if opened is None:
@@ -306,7 +331,16 @@ class _Linear:
         except _NotVectors:
             # Data of the keys, which can still be compared for equality.
             self.keys, self.rows, self.constant = before
-            self.keys.append((factor, term))
+            self.add_key(factor, term)
+
+
+def _is_small(term: Term, queries: Index) -> bool:
+    """Whether the term is a position, or a small number, up to a small number: within int32 and one more."""
+    found = positions(term, queries)
+    parts = found.terms if isinstance(found, Plus) else (found,)
+    numbers = [abs(part.value) for part in parts if isinstance(part, Scalar)]
+    others = [part for part in parts if not isinstance(part, Scalar)]
+    return len(others) <= 1 and all(isinstance(part, Position) for part in others) and max([0, *numbers]) < 2**30
 
 
 def positions(term: Term, axes: Index) -> Term | None:
@@ -369,12 +403,14 @@ def decision(term: Term) -> Decision | None:
             opened = open_access(term)
             dtype = node.meta["val"].dtype
             if isinstance(opened, Scalar):
-                return float(opened.value)
+                return rounded(opened.value, dtype)
             if dtype == torch.bool:
                 return Choice(term, 1.0, 0.0)
-            if node.target in CASTS and not dtype.is_floating_point and _is_float(argument(node, 0)):
-                return None
-            return None if opened is None else decision(opened)
+            tree = None if opened is None else decision(opened)
+            if tree is None or opened == Access(argument(node, 0), term.index):
+                return tree if node.target not in CASTS or tree is None else _mapped(tree, lambda x: rounded(x, dtype))
+            # Each operation rounds to what its result can hold.
+            return _mapped(tree, lambda x: rounded(x, dtype))
         case Product(factors):
             return _fold(factors, operator.mul)
         case Plus(parts):
@@ -387,9 +423,8 @@ def decision(term: Term) -> Decision | None:
     return None
 
 
-def _is_float(node: Node) -> bool:
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype.is_floating_point
+def _mapped(tree: Decision, function: Callable[[float], Decision]) -> Decision:
+    return tree.map(function) if isinstance(tree, Choice) else function(tree)
 
 
 def _zero_unless(condition: Term, value: Term) -> bool:

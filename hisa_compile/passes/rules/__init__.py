@@ -15,6 +15,6 @@ nodes that it opens.
 """
 
 from . import arithmetic, conditions, layouts, relu  # noqa: F401 - each fills the table
-from .registry import CASTS, COPIES, LAYOUT, argument, constant, exact_for_floats, open_access, rule
+from .registry import CASTS, COPIES, LAYOUT, argument, constant, exact_for_floats, open_access, rounded, rule
 
-__all__ = ["CASTS", "COPIES", "LAYOUT", "argument", "constant", "exact_for_floats", "open_access", "rule"]
+__all__ = ["CASTS", "COPIES", "LAYOUT", "argument", "constant", "exact_for_floats", "open_access", "rounded", "rule"]

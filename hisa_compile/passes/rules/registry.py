@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,13 +109,30 @@ def exact_for_floats(cast: Node) -> bool:
     return all(dtype.is_floating_point for dtype in dtypes)
 
 
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """The number as a tensor of this dtype holds it: a number too large for a float is infinite there."""
+    if not dtype.is_floating_point and not math.isfinite(value):
+        return math.nan
+    with unset_fake_temporarily():
+        number: float = torch.tensor(value, dtype=torch.float64 if dtype.is_floating_point else None).to(dtype).item()
+    return number
+
+
 def constant(term: Term) -> float | None:
     """The number a term always is, seen through layouts, casts and fills; None if it is none."""
+    dtypes: list[torch.dtype] = []
     while isinstance(term, Access):
         if term.node.target in CASTS and not exact_for_floats(term.node):
             return None
         opened = open_access(term)
         if not isinstance(opened, Access | Scalar):
             return None
+        if term.node.target in CASTS or isinstance(opened, Scalar):
+            dtypes.append(term.node.meta["val"].dtype)
         term = opened
-    return term.value if isinstance(term, Scalar) else None
+    if not isinstance(term, Scalar):
+        return None
+    value = term.value
+    for dtype in reversed(dtypes):
+        value = rounded(value, dtype)
+    return value
