@@ -467,7 +467,7 @@ PRINTED: dict[str, tuple[str, str, str, str, dict[str, Any]]] = {
     "smallest": ("smallest", "keeps the smallest scores", r"at aten\.sum", r"topk\(-score, largest=False\)", {}),
     "finite fill": (
         "finite_fill",
-        "-1 in the place of scores at .* hides no token",
+        "-1 in the place of scores .* hides no token",
         r"at aten\.gt",
         "-inf or torch.finfo",
         {},
