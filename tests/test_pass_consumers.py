@@ -543,11 +543,12 @@ def verdicts() -> Iterator[list[Node | None]]:
         for node in graph.nodes:
             if node.target is torch.ops.aten.topk.default:
                 score, dim = node.args[0], (*node.args, -1)[2]
-                outputs = [user for user in node.users if user.target is operator.getitem]
+                taken = [user for user in node.users if user.target is operator.getitem]
+                values, indices = ([x for x in taken if x.args[1] == output and x.users] for output in (0, 1))
                 with contextlib.suppress(NotAnIndexer):
                     if score.op != "placeholder":
                         describe_indexer(score, dim)
-                    found.append(order_matters(outputs, dim))
+                    found.append(order_matters(values, indices, dim))
         return []
 
     torch._dynamo.reset()

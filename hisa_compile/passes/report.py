@@ -21,26 +21,26 @@ class Site:
     op: "topk" or "sort".  module: dotted module path and class, "" if the graph does not say.
     location: "file:line" of the model's own code, "" if the graph does not say.
     reason: why it was left alone: the first obligation that failed; "" if it was rewritten.
-    at: the node where it failed, with its module and source line, "" if that is the selection itself.
-    suggestion: a change of the model's code that would make it match, "" where there is no simple one.
-    form: the score in index notation, if it was rewritten.
     topk, heads, head_dim, budget: the indexer's sizes where one was recognised (also if it was then left
         alone by choice); None where it was not.
     notes: what a reader should know besides, e.g. that the score matrix is kept for another consumer.
+    at: the node where it failed, with its module and source line, "" if that is the selection itself.
+    suggestion: a change of the model's code that would make it match, "" where there is no simple one.
+    form: the score in index notation, if it was rewritten.
     """
 
     op: str
     module: str = ""
     location: str = ""
     reason: str = ""
-    at: str = ""
-    suggestion: str = ""
-    form: str = ""
     topk: int | None = None
     heads: int | None = None
     head_dim: int | None = None
     budget: Budget | None = None
     notes: tuple[str, ...] = ()
+    at: str = ""
+    suggestion: str = ""
+    form: str = ""
 
     @property
     def rewritten(self) -> bool:
