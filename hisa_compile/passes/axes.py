@@ -133,7 +133,9 @@ _COMPARED = 64
 
 def writes(node: Node) -> bool:
     """Whether an operation writes to one of its operands."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    # What detach_ changes is what autograd knows of the tensor.
+    mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return mutable and node.target is not torch.ops.aten.detach_.default
 
 
 def same_node(a: Node, b: Node) -> bool:

@@ -6,10 +6,11 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
-from .axes import Access, Index, product_of_sizes
+from .axes import Access, Index, Shifted, product_of_sizes
 from .emit import Emitter
 from .terms import AnyOf, Clamped, Compare, FloorDiv, Not, Plus, Position, Product, Scalar, Symbol, Term, Where, leaves
 from .visibility import Condition, Vectors
@@ -130,7 +131,9 @@ class _Values:
                 # In int64 before anything is computed with it.
                 return emit.cast(self.on_device(emit.arrange(term, dims, keep_missing=True)), torch.int64)
             case Position(index):
-                length = emit.size(product_of_sizes(index))
+                inner = index[0] if len(index) == 1 else None
+                start = inner.start if isinstance(inner, Shifted) else sympy.Integer(0)
+                length = emit.size(start + product_of_sizes(index))
                 count = emit.call(aten.arange.default, length, dtype=torch.int64, device=self.device, pin_memory=False)
                 return emit.arrange(Access(count, (index,)), dims, keep_missing=True)
             case Plus(parts):

@@ -33,6 +33,7 @@ prims = torch.ops.prims
     aten.contiguous.default,
     aten.alias.default,
     aten.detach.default,
+    aten.detach_.default,
     aten.lift_fresh_copy.default,
     kind=COPIES,
 )
@@ -40,7 +41,16 @@ def _same(node: Node, index: tuple[Index, ...]) -> Term | None:
     return Access(argument(node, 0), index)
 
 
-@rule(prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype, kind=CASTS)
+@rule(
+    prims.convert_element_type.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten.type_as.default,
+    kind=CASTS,
+)
 def _cast(node: Node, index: tuple[Index, ...]) -> Term | None:
     x = argument(node, 0)
     value, source = node.meta["val"], x.meta["val"]

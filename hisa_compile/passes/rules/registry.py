@@ -114,8 +114,7 @@ def rounded(value: float, dtype: torch.dtype) -> float:
     if not dtype.is_floating_point and not math.isfinite(value):
         return math.nan
     with unset_fake_temporarily():
-        number: float = torch.tensor(value, dtype=torch.float64 if dtype.is_floating_point else None).to(dtype).item()
-    return number
+        return float(torch.tensor(value, dtype=torch.float64 if dtype.is_floating_point else None).to(dtype).item())
 
 
 def constant(term: Term) -> float | None:
