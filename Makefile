@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/.hisa_compile-installed
 help:
 	@echo "make demo   install into $(VENV), then compile a small DeepSeek-V3.2 with HISA (examples/quickstart.py)"
 	@echo "make test   install into $(VENV), then run the test suite (GPU tests skip without a GPU)"
-	@echo "make test-slow  the full matrix of models, an hour on 2 cores"
+	@echo "make test-slow  every model and case, ten thousand programs, a sweep: several hours on 2 cores"
 	@echo "make check  install into $(VENV), then run ruff and mypy"
 	@echo "make clean  remove $(VENV) and what the tools left behind"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_ARGS='$(PYTEST_ARGS)'"
@@ -31,11 +31,11 @@ demo: $(INSTALLED)
 	TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-cache $(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED)
-	@echo "== running the test suite, some 10 minutes on 2 cores"
+	@echo "== running the test suite, a quarter of an hour on 2 cores"
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
-	@echo "== running the slow tests: every model with every cache, phase, dtype, batch and shape"
+	@echo "== running the slow tests: every model with every case, thousands of programs and near misses, a sweep"
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 check: $(INSTALLED)

@@ -112,6 +112,26 @@ def test_a_training_step_has_the_eager_models_gradients() -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["deepseek_v32", "hy_v4"])
+def test_a_marked_dimension_is_one_compile_with_vectors(name: str) -> None:
+    """mark_dynamic on the sequence: all indexers rewritten once for all lengths, no mask among their arguments."""
+    torch._dynamo.reset()
+    model = build(name)
+    before = len(hisa_compile.reports())
+    run = torch.compile(model, backend="hisa", fullgraph=True, options={**FITS, "hisa.base": "aot_eager"})
+    with torch.no_grad(), recorded_calls() as calls:
+        for length in (20, 27, 39):
+            ids = torch.randint(2, 97, (2, length))
+            torch._dynamo.mark_dynamic(ids, 1)
+            torch.testing.assert_close(
+                run(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=1e-3, atol=1e-4
+            )
+    (report,) = hisa_compile.reports()[before:]
+    assert len(report.rewritten) == indexers(Case(name))
+    assert len(calls) == 3 * indexers(Case(name))
+    assert all(arguments["mask"] is None and arguments["window_end"] is not None for arguments, _ in calls)
+
+
 def test_a_growing_context_does_not_recompile_under_dynamic_shapes() -> None:
     """One compile serves every length once the sequence is dynamic."""
     torch._dynamo.reset()
