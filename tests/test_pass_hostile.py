@@ -263,6 +263,76 @@ def test_what_was_rewritten_wrongly_is_right_or_left_alone(name: str) -> None:
     _equals_the_original(lambda *inputs: WRONG_ONCE[name](*inputs).topk(K).values, *data)
 
 
+def _shared_masks_of_chunks(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    hidden = [
+        (torch.arange(T) > torch.arange(S)[rows, None] + 10) | (torch.arange(T) % 7 == 3)
+        for rows in (slice(0, 3), slice(3, S))
+    ]
+    layers = []
+    for scale in (1.0, 2.0):
+        parts = [(slice(0, 3), hidden[0]), (slice(3, S), hidden[1])]
+        chunks = [_hide(score(q[:, rows] * scale, k, w[:, rows]), mask).topk(K).values for rows, mask in parts]
+        layers.append(torch.cat(chunks, 1))
+    return torch.stack(layers)
+
+
+def _chunks_backwards(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    found: list[Tensor] = []
+    for rows in (slice(3, S), slice(0, 3)):
+        found.insert(0, score((q[:, rows] * 2).tanh(), k, w[:, rows]).topk(K).values)
+    return torch.cat(found, 1)
+
+
+def _write_between_chunks(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    queries = q * 1.0
+    first, second = queries[:, :3], queries[:, 3:]
+    found = [score(first, k, w[:, :3]).topk(K).values]
+    first.zero_()
+    return torch.cat([*found, score(second, k, w[:, 3:]).topk(K).values], 1)
+
+
+def _chunk_used_twice(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    first, second = (score(q[:, rows], k, w[:, rows]).topk(K).values for rows in (slice(0, 3), slice(3, S)))
+    return torch.cat([first, second, first * 2], 1)
+
+
+@pytest.mark.parametrize("functional", [True, False])
+@pytest.mark.parametrize("run", [_shared_masks_of_chunks, _chunks_backwards, _write_between_chunks, _chunk_used_twice])
+def test_chunks_stay_what_they_were(run, functional: bool) -> None:  # type: ignore[no-untyped-def]
+    """Masks that layers share, chunks in another order, a write in between, a chunk that is used elsewhere too."""
+    _equals_the_original(run, Q, KEYS, W, functional=functional)
+
+
+def _inverse_permutation(x: Tensor) -> Tensor:
+    return x.sort(-1).indices.sort(-1).indices
+
+
+def _overlapping_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    first, second, third = (x[rows].topk(2).indices for rows in (0, 1, 2))
+    return torch.cat([first, second]), torch.cat([first, third])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        _inverse_permutation,
+        _overlapping_groups,
+        lambda x: x.sort(-1).values.max(-1),
+        lambda x: x.sort(-1).indices.split(2, -1),
+        lambda x: x.sort(-1).values[..., :-2],
+        lambda x: x.argsort(-1, descending=True),
+    ],
+)
+def test_sorts_and_groups_of_any_graph_never_raise(run) -> None:  # type: ignore[no-untyped-def]
+    """What ordinary graphs do with a sort or with several top-ks is none of the pass's business."""
+    for decompose in (False, True):
+        module = aten_graph(run, (torch.randn(4, 6),), decompose=decompose)
+        before = str(module.graph)
+        sites = rewrite_indexers(module.graph, EVERYTHING)
+        assert not any(site.rewritten or "internal error" in site.reason for site in sites), sites
+        assert str(module.graph) == before
+
+
 @pytest.mark.parametrize("name", LOSSY)
 def test_a_lossy_cast_between_a_selection_and_its_part_stays(name: str) -> None:
     """What stands between a sort and its slice may change the numbers."""

@@ -138,6 +138,11 @@ def writes(node: Node) -> bool:
     return mutable and node.target is not torch.ops.aten.detach_.default
 
 
+def is_used(node: Node) -> bool:
+    """Whether anybody sees what the node does: not so for what tracing left behind."""
+    return bool(node.users) or node.op == "output" or writes(node)
+
+
 def same_node(a: Node, b: Node) -> bool:
     """Whether two nodes are one, or the same function of the same inputs: ``k[0]`` written twice."""
     if a is b:
@@ -145,7 +150,7 @@ def same_node(a: Node, b: Node) -> bool:
     node, last = (a, b) if a < b else (b, a)
     while node is not last:
         # Whatever is written to in between may be what one of them is made from.
-        if writes(node):
+        if node.op == "root" or writes(node):
             return False
         node = node.next
     todo = [(a, b)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from .axes import Access, Axis, product_of_sizes, resolved, same_index, same_node, same_size, shape_of
+from .axes import Access, Axis, is_used, product_of_sizes, resolved, same_index, same_node, same_size, shape_of
 from .emit import Emitter
 from .form import Factor, IndexerForm, Part, matched_features
 from .joining import alike, join_heads, join_parts, joined_axis
@@ -60,6 +60,7 @@ def find_chunks(selections: Sequence[Selection | None]) -> Iterator[Chunks]:
             == set(by_kind)
             and all(len(getattr(chunk, kind)) == 1 for kind in by_kind)
             and all(output.count == first.topk for output in chunk.outputs)
+            and all(_cat_after(output.node) is cat for kind, cat in by_kind.items() for output in getattr(chunk, kind))
             for chunk in chunks
         )
         tails = {output.reversed for chunk in chunks for output in chunk.outputs}
@@ -71,7 +72,7 @@ def find_chunks(selections: Sequence[Selection | None]) -> Iterator[Chunks]:
 
 def _cat_after(output: Node) -> Node | None:
     node = output
-    while len(users := [user for user in node.users if user.users]) == 1:
+    while len(users := [user for user in node.users if is_used(user)]) == 1:
         (node,) = users
         if node.target is aten.cat.default:
             return node

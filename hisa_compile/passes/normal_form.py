@@ -331,7 +331,7 @@ class _Analysis:
             part.heads, part.features = resolved(part.heads), resolved(part.features)
         rows = tuple(a for dim in form.score.index for a in resolved(dim) if a not in form.keys)
         for part in form.parts:
-            self.check_part(part, rows)
+            self.check_part(part)
         form.batch = tuple(a for a in rows if a in form.key.axes)
         form.queries = tuple(a for a in rows if a not in form.key.axes)
         if (not form.queries and len(form.batch) > 1) or self.made_from_query(form.key, rows):
@@ -363,7 +363,7 @@ class _Analysis:
             )
         self.check_axes()
 
-    def check_part(self, part: Part, rows: Index) -> None:
+    def check_part(self, part: Part) -> None:
         assert part.key is not None
         _reject(part.key, part.heads, "the keys carry a head axis")
         for role, axes in (("key", set(part.key.axes)), ("query", {axis for q in part.query for axis in q.axes})):

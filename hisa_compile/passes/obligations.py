@@ -63,6 +63,7 @@ def check_obligations(facts: GraphFacts, selection: Selection, form: IndexerForm
                 'hide tokens with float("-inf")',
             )
     if facts.writes:
+        _check_outputs(facts, selection)
         _check_mutations(facts, selection, form, vectors)
 
 
@@ -70,6 +71,14 @@ def _read_for_visibility(vectors: Vectors) -> Iterable[Access]:
     terms = [*vectors.first, *vectors.last, *(term for pair in vectors.segments for term in pair)]
     terms += [condition.term for condition in (*vectors.valid, *vectors.masks)]
     return [leaf for term in terms for leaf in leaves(term) if isinstance(leaf, Access)]
+
+
+def _check_outputs(facts: GraphFacts, selection: Selection) -> None:
+    """The parts of a sort share its memory, those of the rewritten one don't."""
+    for node in facts.writes:
+        for value in node.all_input_nodes:
+            if len(selection.outputs) > 1 and _storage_of(value) is selection.node:
+                raise NotAnIndexer(f"{value.name}, a part of the selection, is written to by {node.name}", node)
 
 
 def _check_mutations(facts: GraphFacts, selection: Selection, form: IndexerForm, vectors: Vectors) -> None:

@@ -82,7 +82,7 @@ class _Rewriting:
             chunks = chunked.get(node)
             if chunks is not None and not self.rewrite_chunks(chunks):
                 for number in chunks.numbers:
-                    del chunked[self.found[number]]
+                    chunked.pop(self.found[number], None)
             if node not in self.sites:
                 self.rewrite_one(node)
         if any(site.rewritten for site in self.sites.values()):
@@ -109,6 +109,9 @@ class _Rewriting:
     def rewrite_chunks(self, chunks: Chunks) -> bool:
         """One call for all chunks; False, and nothing changed, where that can't be."""
         nodes = [self.found[number] for number in chunks.numbers]
+        if any(min(nodes) < node < max(nodes) for node in self.facts.writes):
+            # The one call stands where the last chunk stood, and would see what was written in between.
+            return False
         proofs = [self.attempt(node, in_chunks=True) for node in nodes]
         proved = [proof for proof in proofs if isinstance(proof, Proof)]
         if len(proved) != len(proofs) or any(proof.budget != proved[0].budget for proof in proved):
@@ -174,7 +177,7 @@ class _Rewriting:
 
     def replace(self, proofs: list[Proof], chunks: Chunks | None) -> bool:
         """Put the call in the place of the selections.  False, and nothing changed, where chunks don't join."""
-        last = proofs[-1].selection.node
+        last = max(proof.selection.node for proof in proofs)
         accesses = [access for proof in proofs for access in proof.form.operands()]
         sources = [access.node for access in accesses]
         fakes = (source.meta["val"] for source in sources)
@@ -230,8 +233,9 @@ class _Rewriting:
         labels = {axis: (role, number) for role, axes in enumerate(roles) for number, axis in enumerate(axes)}
         sizes = tuple(axis.size for axes in roles for axis in axes)
         key = (*(signature(condition, labels) for condition in form.conditions), sizes, device)
-        # A later selection may have been rewritten first, together with its chunks.
-        if not all(node < emit.before for node in self.visible.get(key, {"": emit.before}).values()):
+        known = self.visible.get(key)
+        # What a joined call did not need is erased; a later selection may have been rewritten first, with its chunks.
+        if known is None or any(node._erased or not node < emit.before for node in known.values()):
             self.visible[key] = visibility_arguments(emit, proof.vectors, *roles, device)
             self.pending.append(key)
         return self.visible[key]
@@ -293,7 +297,7 @@ def _unread(node: Node) -> list[Node]:
 def _read(node: Node) -> Selection | None:
     try:
         return Selection.read(node)
-    except NotAnIndexer:
+    except Exception:  # whatever it is, it is met again, and reported, when the selection is visited by itself
         return None
 
 
@@ -309,7 +313,7 @@ def place_of(node: Node) -> str:
 def _sizes(form: IndexerForm) -> tuple[int | None, int | None]:
     """H and D, None where they are not plain numbers."""
     heads = sympy.Add(*(product_of_sizes(part.heads) for part in form.parts))
-    dim = product_of_sizes(form.key_features) if form.parts else sympy.Symbol("D")
+    dim = product_of_sizes(form.key_features)
     return tuple(int(size) if size.is_Integer else None for size in (heads, dim))  # type: ignore[return-value]
 
 

@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .axes import same_size, shape_of, size_expr
+from .axes import is_used, same_size, shape_of, size_expr
 from .errors import NotAnIndexer
 from .form import common_dtype
 from .rules import CASTS, COPIES, LAYOUT, argument
@@ -91,7 +91,7 @@ def _getters(node: Node) -> tuple[list[Node], list[Node]]:
         output = argument(user, 1)
         if user.target is not operator.getitem or output not in (0, 1):
             raise NotAnIndexer(f"its outputs are used as a whole by {user.name}", user)
-        if user.users or output == 1:
+        if is_used(user) or output == 1:
             outputs[output].append(user)
     return outputs
 
@@ -126,8 +126,10 @@ def _parts(sorted_: Node, dim: int, ends: set[bool], flipped: bool = False) -> I
     """
     size = shape_of(sorted_)[dim]
     for user in sorted_.users:
-        if not user.users:
+        if not is_used(user):
             continue
+        if not isinstance(user.meta.get("val"), torch.Tensor):
+            raise NotAnIndexer(f"a full sort, not a top-k: {user.name} uses all of it", user, "select with topk(k)")
         rank = len(shape_of(user))
         if user.target in FLIPS and [d % rank for d in argument(user, 1)] == [dim]:
             yield from _parts(user, dim, ends, not flipped)
@@ -144,6 +146,8 @@ def _parts(sorted_: Node, dim: int, ends: set[bool], flipped: bool = False) -> I
         start, end = argument(user, 2, "start"), argument(user, 3, "end")
         if argument(user, 4, "step", 1) != 1:
             raise NotAnIndexer(f"a sort of which {user.name} takes every other token", user)
+        if isinstance(end, int) and end < 0:
+            raise NotAnIndexer(f"a sort of which {user.name} drops the last {-end}", user, "select with topk(k)")
         first, kept = _expr(0 if start is None else start), shape_of(user)[dim]
         if first == 0:
             count, at_end = _topk(end, size), False

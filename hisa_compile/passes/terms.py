@@ -61,7 +61,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What ``cat`` reads along ``axis``: part i where the axis is in [starts[i], starts[i] + size of part i).
+    """What ``cat`` or ``stack`` reads along ``axis``: its parts follow each other along it.
 
     Each part comes with an axis of its own in the place of ``axis`` (``()`` for a part of size 1).
     """

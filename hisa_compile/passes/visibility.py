@@ -29,6 +29,7 @@ from .terms import (
     Position,
     Product,
     Scalar,
+    Symbol,
     Term,
     Where,
     depends_on,
@@ -36,6 +37,13 @@ from .terms import (
 
 _NEGATED = {"<": ">=", "<=": ">", "==": "!=", "!=": "==", ">=": "<", ">": "<="}
 _MIRRORED = {"<": ">", "<=": ">=", "==": "==", "!=": "!=", ">=": "<=", ">": "<"}
+# What counts positions: far from the ends of int32.
+_COUNTS = (
+    torch.ops.aten.arange.default,
+    torch.ops.aten.arange.start,
+    torch.ops.aten.arange.start_step,
+    torch.ops.prims.iota.default,
+)
 # Factors and divisors of positions up to which nothing that is computed here can leave int64.
 _LARGEST_FACTOR = 2**11
 # Paths through nested choices between constants that are followed before giving up.
@@ -187,7 +195,7 @@ class _Reader:
             rows = expression.other_side()
         key = Plus(tuple(_scaled(term, factor) for factor, term in expression.keys))
         for_queries = depends_on(rows, self.queries) or (self.one_of_many and bool(expression.rows))
-        if kind != "==" or not for_queries or depends_on(key, self.queries):
+        if kind != "==" or not expression.keys or not for_queries or depends_on(key, self.queries):
             raise _NotVectors
         self.found.segments.append((rows, key))
 
@@ -247,7 +255,7 @@ def _keeps_integers(node: Node) -> bool:
     source: torch.dtype = argument(node, 0).meta["val"].dtype
     if source.is_floating_point or source == torch.bool:
         return False
-    return source == node.meta["val"].dtype or source != torch.int64 or "arange" in str(argument(node, 0).target)
+    return source == node.meta["val"].dtype or source != torch.int64 or argument(node, 0).target in _COUNTS
 
 
 def _integer(value: float) -> int:
@@ -286,6 +294,8 @@ class _Linear:
                 self.add(Position(shifted.of), factor)
             case Access(node):
                 self.access(term, node.meta["val"].dtype, factor)
+            case Symbol(node) if not isinstance(node.meta.get("val"), int | torch.SymInt):
+                raise _NotVectors
             case _ if not depends_on(term, self.axes):
                 self.rows.append((factor, term))
             case Position(index) if resolved(index) == resolved(self.axes):

@@ -11,10 +11,11 @@ for the one unknown p.  An operation keeps the claim if it treats the slots alik
 them at the same place, for the same rows, and no other operand varies along them.  It ends the claim, for good, if
 it reduces over the slots by something symmetric, or scatters by the indices.  Anything else may tell the order.
 
-To teach the analysis an operation, add a function here::
+To teach the analysis an operation, add a function to the file of its family (along, indexed; here what treats all
+positions alike)::
 
-    @consumer(aten.cumsum.default)
-    def _cumsum(call, out):
+    @consumer(aten.some_operation.default)
+    def _some_operation(call, out):
         ...
 
 It returns what :func:`follow` says of the elements that it reads, or None for a result that no longer depends on
