@@ -11,7 +11,7 @@ the only position of a dimension of size 1.  A view may cut an axis; the axis th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -171,6 +171,11 @@ def same_node(a: Node, b: Node) -> bool:
             elif x != y:
                 return False
     return not todo
+
+
+def renamed(index: Index, names: Mapping[Axis, Axis]) -> Index:
+    """The index in other axes, where they have other names."""
+    return tuple(names.get(axis, axis) for axis in resolved(index))
 
 
 def same_index(a: Index, b: Index) -> bool:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from .axes import Access, Axis, is_used, product_of_sizes, resolved, same_index, same_node, same_size, shape_of
+from .axes import Access, Axis, is_used, product_of_sizes, resolved, same_node, same_size, shape_of
 from .emit import Emitter
-from .form import Factor, IndexerForm, Part, matched_features
+from .form import IndexerForm, Part, matched_features, same_factors
 from .joining import alike, join_heads, join_parts, joined_axis
 from .rules import argument
 from .selection import Output, Selection, is_exact_step
@@ -119,9 +119,9 @@ def join_queries(emit: Emitter, chunks: Chunks, forms: Sequence[IndexerForm]) ->
             others.update(zip(part.heads, parts[0].heads, strict=True))
             if any(not same_size(x.size, y.size) for x, y in zip(part.heads, parts[0].heads, strict=True)):
                 return None
-            if not _same_factors(part.key_factors, parts[0].key_factors, others) or not _same_factors(
-                part.key_weights, parts[0].key_weights, others
-            ):
+            if not same_factors(parts[0].key_factors, part.key_factors, others):
+                return None
+            if not same_factors(parts[0].key_weights, part.key_weights, others):
                 return None
         parts.append(part)
         same.append(others)
@@ -138,18 +138,6 @@ def join_queries(emit: Emitter, chunks: Chunks, forms: Sequence[IndexerForm]) ->
         parts=[join_parts(emit, parts, along, same, queries)],
         conditions=[],
         chain=[node for form in forms for node in form.chain],
-    )
-
-
-def _same_factors(mine: Sequence[Factor], others: Sequence[Factor], same: Mapping[Axis, Axis]) -> bool:
-    return len(mine) == len(others) and all(
-        a.inverse == b.inverse
-        and same_node(a.access.node, b.access.node)
-        and all(
-            same_index(tuple(same.get(axis, axis) for axis in resolved(x)), y)
-            for x, y in zip(a.access.index, b.access.index, strict=True)
-        )
-        for a, b in zip(mine, others, strict=True)
     )
 
 

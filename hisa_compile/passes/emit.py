@@ -24,15 +24,24 @@ class UnknownSizeError(Exception):
 class Emitter:
     """Adds nodes in front of one node, with its provenance and with ``meta["val"]``.
 
-    Sizes that are not numbers are taken from the graph's own size nodes or from dimensions of ``sources``, tensors
-    that stand before that node and that the new nodes read anyway (so that no other tensor is kept alive).
+    Sizes that are not numbers are taken from ``known_sizes``, the graph's own size nodes, or from dimensions of
+    ``sources``, tensors that stand before that node and that the new nodes read anyway (so that no other tensor is
+    kept alive).
     """
 
-    def __init__(self, graph: Graph, before: Node, sources: Sequence[Node], fake_mode: FakeTensorMode | None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        before: Node,
+        sources: Sequence[Node],
+        known_sizes: Sequence[Node],
+        fake_mode: FakeTensorMode | None,
+    ) -> None:
         self.graph = graph
         self.before = before
         self.fake_mode = fake_mode
         self.sources = sources
+        self.known_sizes = known_sizes
         self.added: list[Node] = []
         self._sizes: dict[sympy.Expr, Node] = {}
 
@@ -66,12 +75,8 @@ class Emitter:
         return self._sizes[expr]
 
     def _size_node(self, expr: sympy.Expr) -> Node:
-        node: Node
-        for node in self.graph.nodes:
-            if node is self.before:
-                break
-            value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and same_size(size_expr(value), expr):
+        for node in self.known_sizes:
+            if not node._erased and node < self.before and same_size(size_expr(node.meta["val"]), expr):
                 return node
         for source in self.sources:
             for dim, size in enumerate(shape_of(source)):

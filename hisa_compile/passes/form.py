@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
 
 from ..ops.validate import KEY_DTYPES
-from .axes import Access, Axis, Index, resolved, same_node, same_size
+from .axes import Access, Axis, Index, renamed, resolved, same_node, same_size
 from .rules import CASTS, LAYOUT, argument, open_access
 from .visibility import Condition
 
@@ -122,8 +122,13 @@ def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if narrow else torch.promote_types(a, b)
 
 
-def same_factor(a: Factor, b: Factor) -> bool:
-    return a.inverse == b.inverse and a.access.same_element(b.access)
+def same_factors(first: Sequence[Factor], other: Sequence[Factor], same: Mapping[Axis, Axis]) -> bool:
+    """Whether two lists of factors are the same; ``same``: other's axes -> first's, where they differ."""
+    return len(first) == len(other) and all(
+        a.inverse == b.inverse
+        and a.access.same_element(Access(b.access.node, tuple(renamed(dim, same) for dim in b.access.index)))
+        for a, b in zip(first, other, strict=True)
+    )
 
 
 def matched_features(first: Part, other: Part, same: Mapping[Axis, Axis]) -> Index | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from .axes import Access, Axis, Index, Shifted, product_of_sizes, resolved, same_index, same_size, shape_of
+from .axes import Access, Axis, Index, Shifted, product_of_sizes, renamed, resolved, same_index, same_size, shape_of
 from .emit import Emitter
 from .form import Factor, IndexerForm, Part, common_dtype, stripped
 from .rules import open_access
@@ -31,9 +31,6 @@ class Piece:
     along: Index
     same: Mapping[Axis, Axis]
 
-    def renamed(self, index: Index) -> Index:
-        return tuple(self.same.get(axis, axis) for axis in resolved(index))
-
 
 def join(emit: Emitter, pieces: Sequence[Piece], axes: Index) -> Access:
     """One operand for all pieces; ``axes`` are its own along the joined role."""
@@ -42,7 +39,7 @@ def join(emit: Emitter, pieces: Sequence[Piece], axes: Index) -> Access:
         return stripped(whole)
     others: list[Axis] = []
     for piece in pieces:
-        mine = [axis for axis in piece.renamed(piece.access.axes) if axis not in resolved(piece.along)]
+        mine = [axis for axis in renamed(piece.access.axes, piece.same) if axis not in resolved(piece.along)]
         others += [axis for axis in mine if axis not in others]
     dtype = pieces[0].access.node.meta["val"].dtype
     for piece in pieces[1:]:
@@ -62,7 +59,7 @@ def _common(pieces: Sequence[Piece]) -> Access | None:
         if piece.access.node is not first.access.node or piece.access.depends_on(piece.along):
             return None
         for mine, theirs in zip(piece.access.index, first.access.index, strict=True):
-            if not same_index(piece.renamed(mine), theirs):
+            if not same_index(renamed(mine, piece.same), theirs):
                 return None
     return first.access
 
@@ -88,7 +85,7 @@ def _consecutive(pieces: Sequence[Piece], axes: Index) -> Access | None:
     for piece, source in zip(pieces, sources, strict=True):
         for d, index in enumerate(source.index):
             if d != dim:
-                if not same_index(piece.renamed(index), first.index[d]):
+                if not same_index(renamed(index, piece.same), first.index[d]):
                     return None
                 continue
             part = index[0] if len(index) == 1 else None

@@ -31,7 +31,7 @@ from .axes import (
 )
 from .contraction import Contraction, factor_of
 from .errors import NotAnIndexer, describe
-from .form import SCORE_DTYPES, Factor, IndexerForm, Part, matched_features, same_factor
+from .form import SCORE_DTYPES, Factor, IndexerForm, Part, matched_features, same_factors
 from .rules import constant, open_access
 from .terms import Inverse, Not, Pieces, Plus, Product, Relu, Sum, Term, Where, depends_on
 from .visibility import Choice, Condition, as_condition, decision
@@ -392,8 +392,7 @@ class _Analysis:
                 )
             part.features = features
             for name in ("key_factors", "key_weights"):
-                mine, others = getattr(first, name), getattr(part, name)
-                if len(mine) != len(others) or not all(map(same_factor, mine, others)):
+                if not same_factors(getattr(first, name), getattr(part, name), {}):
                     raise NotAnIndexer("the parts of the sum scale their keys differently", part.key.node)
 
     def check_axes(self) -> None:

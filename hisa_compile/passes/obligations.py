@@ -30,6 +30,8 @@ class GraphFacts:
             node.op == "placeholder" and "tangents" in str(node.target) for node in nodes
         )
         self.writes = [node for node in nodes if writes(node)]
+        # The sizes that the graph computes anyway, in its order.
+        self.sizes = [node for node in nodes if isinstance(node.meta.get("val"), torch.SymInt)]
         self.order = {node: number for number, node in enumerate(nodes)} if self.writes else {}
 
 

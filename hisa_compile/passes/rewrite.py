@@ -182,7 +182,7 @@ class _Rewriting:
         sources = [access.node for access in accesses]
         fakes = (source.meta["val"] for source in sources)
         fake_mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), None)
-        emit = Emitter(self.graph, last, sources, fake_mode)
+        emit = Emitter(self.graph, last, sources, self.facts.sizes, fake_mode)
         try:
             found = self.emit(emit, proofs, chunks)
         except Exception as error:

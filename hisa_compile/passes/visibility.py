@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from .axes import Access, Index, Shifted, resolved
-from .rules import CASTS, argument, open_access, rounded
+from .rules import CASTS, LAYOUT, argument, open_access, rounded
 from .terms import (
     Abs,
     AnyOf,
@@ -417,8 +417,8 @@ def decision(term: Term) -> Decision | None:
             if dtype == torch.bool:
                 return Choice(term, 1.0, 0.0)
             tree = None if opened is None else decision(opened)
-            if tree is None or opened == Access(argument(node, 0), term.index):
-                return tree if node.target not in CASTS or tree is None else _mapped(tree, lambda x: rounded(x, dtype))
+            if tree is None or node.target in LAYOUT:
+                return tree
             # Each operation rounds to what its result can hold.
             return _mapped(tree, lambda x: rounded(x, dtype))
         case Product(factors):

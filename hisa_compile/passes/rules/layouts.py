@@ -144,7 +144,7 @@ def _slice(node: Node, index: tuple[Index, ...]) -> Term | None:
     x = argument(node, 0)
     dim = argument(node, 1, "dim", 0) % len(index)
     start, step = argument(node, 2, "start", 0), argument(node, 4, "step", 1)
-    if node.target is aten.slice.Tensor and step != 1:
+    if step != 1:
         return None
     return _part(node, index, x, dim, 0 if start is None else start)
 
@@ -171,7 +171,7 @@ def _getitem(node: Node, index: tuple[Index, ...]) -> Term | None:
         dim = argument(source, 1, "dim", 0) % (len(index) + 1)
         return _part(node, (*index[:dim], (), *index[dim:]), x, dim, number)
     dim = argument(source, 2, "dim", 0) % len(index)
-    start = sum(((size_expr(value.shape[dim])) for value in values[:number]), sympy.Integer(0))
+    start = sum((size_expr(value.shape[dim]) for value in values[:number]), sympy.Integer(0))
     return Access(x, _at(index, dim, start, shape_of(x)[dim]))
 
 
