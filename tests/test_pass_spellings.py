@@ -95,6 +95,11 @@ def prefix(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
     return scores(q, k, w).masked_fill(~(causal() | (torch.arange(T) < 3)), HIDDEN)
 
 
+def counted_from_the_end(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    query = torch.arange(S)[:, None] + T - S
+    return scores(q, k, w).masked_fill(9000 - torch.arange(T) < 9000 - query, HIDDEN)
+
+
 # Spelling -> what the operator is told of visibility.
 SPELLINGS: dict[str, tuple[Spelling, set[str]]] = {
     "a loop that begins with the mask": (loop_that_begins_with_the_mask, {"window_end"}),
@@ -119,6 +124,7 @@ SPELLINGS: dict[str, tuple[Spelling, set[str]]] = {
     "an inverted mask, filled": (inverted_mask, {"window_end"}),
     "documents": (documents, {"window_end", "q_segment", "k_segment"}),
     "a visible prefix": (prefix, {"mask"}),
+    "positions counted from a large number": (counted_from_the_end, {"window_end"}),
     "bfloat16 scores": (lambda q, k, w: scores(q.bfloat16(), k.bfloat16(), w.bfloat16()).float(), set()),
 }
 

@@ -212,18 +212,18 @@ class _Rewriting:
         selection, form = proofs[0].selection, proofs[0].form
         device = selection.score.meta["val"].device
         visibility = [self.visibility(emit, proof, device) for proof in proofs]
-        arguments: dict[str, Node] | None = visibility[0]
+        arguments = visibility[0]
         dim = selection.dim % len(form.score.index)
         if chunks is not None:
             forms = [proof.form for proof in proofs]
-            joined, arguments = join_queries(emit, chunks, forms), join_visibility(emit, forms, visibility)
-            if joined is None or arguments is None:
+            joined, together = join_queries(emit, chunks, forms), join_visibility(emit, forms, visibility)
+            if joined is None or together is None:
                 return None
-            form = joined
+            form, arguments = joined, together
             selection = replace(selection, values=chunks.values, indices=chunks.indices)
         self.asks_for_order = _asks_for_order(selection, dim) if selection.sorted else None
         in_order = self.asks_for_order is not None
-        call = indexer_call(emit, form, selection.topk, proofs[0].budget, in_order, arguments or {})
+        call = indexer_call(emit, form, selection.topk, proofs[0].budget, in_order, arguments)
         return outputs_of(emit, selection, form, call, dim)
 
     def visibility(self, emit: Emitter, proof: Proof, device: torch.device) -> dict[str, Node]:

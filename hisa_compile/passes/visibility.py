@@ -46,6 +46,7 @@ _COUNTS = (
 )
 # Factors and divisors of positions up to which nothing that is computed here can leave int64.
 _LARGEST_FACTOR = 2**11
+_LARGEST_CONSTANT = 2**50
 # Paths through nested choices between constants that are followed before giving up.
 _MOST_CASES = 64
 
@@ -180,6 +181,8 @@ class _Reader:
         expression = _Linear(self.keys)
         expression.add(left, 1)
         expression.add(right, -1)
+        if abs(expression.constant) > _LARGEST_CONSTANT:
+            raise _NotVectors
         rows = expression.other_side()
         if len(expression.keys) == 1 and isinstance(expression.keys[0][1], Position | FloorDiv) and kind != "!=":
             before = self.found.copy()
@@ -306,7 +309,7 @@ class _Linear:
                 raise _NotVectors
 
     def add_key(self, factor: int, term: Term) -> None:
-        if abs(factor) > _LARGEST_FACTOR or abs(self.constant) > _LARGEST_FACTOR:
+        if abs(factor) > _LARGEST_FACTOR:
             raise _NotVectors
         if factor:
             self.keys.append((factor, term))
