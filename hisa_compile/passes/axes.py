@@ -11,6 +11,7 @@ the only position of a dimension of size 1.  A view may cut an axis; the axis th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -30,6 +31,11 @@ def size_expr(size: Size) -> sympy.Expr:
         return sympy.Integer(size)
     expr: sympy.Expr = size.node.expr
     # Inferred dimensions of views come as divisions that leave no remainder, such as s*s // s.
+    return expr if expr.is_Symbol else _without_remainders(expr)
+
+
+@functools.lru_cache(maxsize=4096)
+def _without_remainders(expr: sympy.Expr) -> sympy.Expr:
     return expr.replace(FloorDiv, _exact_division) if expr.has(FloorDiv) else expr
 
 
@@ -44,7 +50,7 @@ def shape_of(node: Node) -> tuple[sympy.Expr, ...]:
 
 def same_size(a: sympy.Expr, b: sympy.Expr) -> bool:
     """Whether two sizes are provably equal."""
-    return a == b or (not (a.is_Integer and b.is_Integer) and sympy.expand(a - b) == 0)
+    return a is b or a == b or (not (a.is_Integer and b.is_Integer) and sympy.expand(a - b) == 0)
 
 
 class Axis:
@@ -200,6 +206,12 @@ def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
         return None
     if a.is_Integer and b.is_Integer:
         return a / b if a % b == 0 else None
+    return _symbolic_quotient(a, b)
+
+
+@functools.lru_cache(maxsize=4096)
+def _symbolic_quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+    # Every layer of a model asks for the same few.
     ratio = sympy.cancel(a / b)
     return ratio if sympy.fraction(ratio)[1] == 1 else None
 

@@ -155,7 +155,9 @@ class _Values:
             case Where(condition, then, otherwise):
                 branches = (self.tensor(x, dims) for x in (then, otherwise))
                 return emit.call(aten.where.self, self.boolean(condition, dims), *branches)
-        return emit.cast(self.boolean(term, dims), torch.int64)
+            case Not() | Compare() | AnyOf():
+                return emit.cast(self.boolean(term, dims), torch.int64)
+        raise NotImplementedError(f"no vector is computed for {type(term).__name__} in a mask")
 
     def arithmetic(
         self,

@@ -31,6 +31,8 @@ class Part:
     heads, features: the axes summed outside and inside the ReLU.
     query: Q is their product.  row_factors: factors inside the ReLU that depend on neither key nor features; they
     may have any sign.  weights, scale: W is their product, no weights at all means 1.
+    key, key_factors, key_weights: as in :class:`IndexerForm`, which takes them from its first part.
+    sums_heads: a sum over heads was seen, over an axis or as the terms of an addition.
     """
 
     heads: Index = ()
