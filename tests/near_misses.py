@@ -188,7 +188,6 @@ _AFTERWARDS: dict[str, Callable[[Tensor], Tensor]] = {
     "maximum with 1": lambda x: torch.maximum(x, torch.ones(())),
     "noise": lambda x: x + torch.rand_like(x),
     "Gumbel noise": lambda x: x - torch.rand_like(x).log().neg().log(),
-    "dropout of the sum": lambda x: F.dropout(x, 0.25),
     "centred": lambda x: x - x.mean(-1, keepdim=True),
     "reciprocal": lambda x: 1 / (1 + x),
     "remainder": lambda x: x % 3,
@@ -292,6 +291,7 @@ BREAKINGS: dict[str, Breaking] = {
     **{name: Breaking("afterwards", how) for name, how in _AFTERWARDS.items()},
     **{name: Breaking("rearranged", how) for name, how in _REARRANGED.items()},
     # With one query a factor of S x T is one of the keys.
+    "dropout of the sum": Breaking("afterwards", lambda x: F.dropout(x, 0.25), _one_chunk),
     **{name: Breaking("data", how, _one_chunk) for name, how in _DATA.items()},
     **_SELECTIONS,
 }
