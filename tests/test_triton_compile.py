@@ -29,7 +29,10 @@ pytestmark = [
 # Architecture -> shared memory of one program, bytes.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -41,8 +44,9 @@ POINTERS = {
     torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
-Launch = tuple[Any, int, dict[str, Any]]
+Recorded = tuple[Any, launch.Launch, dict[str, Any]]
 
 
 def record(
@@ -50,6 +54,7 @@ def record(
     dtype: torch.dtype,
     arch: str,
     *,
+    queries: int = 1,
     heads: int = 64,
     dim: int = 128,
     topk: int = 2048,
@@ -58,13 +63,14 @@ def record(
     everything: bool = False,
     optional: dict[str, Tensor] | None = None,
     **options: bool,
-) -> list[Launch]:
+) -> list[Recorded]:
     """The launches of one call with a window's end and the ``optional`` tensors, or with ``everything``."""
-    launches: list[Launch] = []
-    monkeypatch.setattr(launch, "launch", lambda kernel, n, warps, **args: launches.append((kernel, warps, args)))
+    launches: list[Recorded] = []
+    monkeypatch.setattr(launch, "launch", lambda kernel, n, how, **args: launches.append((kernel, how, args)))
     if dtype == torch.float8_e4m3fn:
-        monkeypatch.setattr(launch, "fp8_mode", lambda q: int(FP8_NATIVE if arch == "sm_90" else FP8_BITS))
-    q = torch.zeros(1, 1, heads, dim).to(dtype)
+        bits = arch in ("sm_80", "gfx942")
+        monkeypatch.setattr(launch, "fp8_mode", lambda q: int(FP8_BITS if bits else FP8_NATIVE))
+    q = torch.zeros(1, queries, heads, dim).to(dtype)
     k = torch.zeros(1, tokens, dim).to(dtype)
     window = torch.zeros(1, 1, dtype=torch.int32)
     visible = torch.ones(1, 1, tokens, dtype=torch.bool)
@@ -77,13 +83,16 @@ def record(
     visibility = Visibility(window_end=window, **{n: x for n, x in factors.items() if n in Visibility._fields})
     scale, weight = factors["k_scale"], factors["k_weight"]
     arguments = {"sorted": True, "mark_hidden": False} | options
-    launch.indexer_topk_triton(q, k, torch.zeros(1, 1, heads), topk, budget, visibility, scale, weight, **arguments)
+    launch.indexer_topk_triton(
+        q, k, torch.zeros(1, queries, heads), topk, budget, visibility, scale, weight, **arguments
+    )
     return launches
 
 
-def compile_launch(recorded: Launch, arch: str) -> Any:
+def compile_launch(recorded: Recorded, arch: str) -> Any:
     """Compile one recorded launch with the types and divisibility hints the run-time launcher would find."""
-    kernel, num_warps, arguments = recorded
+    kernel, how, arguments = recorded
+    assert set(arguments) == {parameter.name for parameter in kernel.params}
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     hints: dict[tuple[int], list[list[Any]]] = {}
@@ -103,10 +112,13 @@ def compile_launch(recorded: Launch, arch: str) -> Any:
         if specialised and divisible and not parameter.do_not_specialize_on_alignment:
             hints[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    return triton.compile(source, target=TARGETS[arch][0], options={"num_warps": num_warps})
+    options = {"num_warps": how.num_warps, "num_stages": how.stages}
+    if how.maxnreg is not None and not arch.startswith("gfx"):
+        options["maxnreg"] = how.maxnreg
+    return triton.compile(source, target=TARGETS[arch][0], options=options)
 
 
-def check(launches: list[Launch], arch: str) -> None:
+def check(launches: list[Recorded], arch: str) -> None:
     assert launches
     for recorded in launches:
         compiled = compile_launch(recorded, arch)
@@ -118,10 +130,13 @@ def check(launches: list[Launch], arch: str) -> None:
 def test_every_kernel_compiles_at_the_papers_sizes(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, arch: str
 ) -> None:
-    """H = 64, D = 128, topk = 2048, B = 128, m = 64, within the architecture's shared memory."""
-    launches = record(monkeypatch, dtype, arch)
-    assert len(launches) == 7
-    check(launches, arch)
+    """H = 64, D = 128, topk = 2048, B = 128, m = 64, a query and many, within the architecture's shared memory."""
+    one, many = record(monkeypatch, dtype, arch), record(monkeypatch, dtype, arch, queries=1024)
+    assert len(one) == 7
+    assert len(many) == (7 if dtype == torch.float32 else 9)
+    check(one, arch)
+    known = {kernel for kernel, *_ in one}
+    check([recorded for recorded in many if recorded[0] not in known] or one[:1], arch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,7 +151,7 @@ def test_every_kernel_compiles_with_all_optional_tensors_and_awkward_sizes(
     check(odd, "sm_90")
 
 
-LOADS = {"pool_kernel", "coarse_kernel", "refine_kernel", "fill_kernel"}
+LOADS = {"pool_kernel", "coarse_kernel", "refine_by_row_kernel", "refine_by_block_kernel", "fill_kernel"}
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -148,6 +163,7 @@ def test_segments_and_weights_without_a_mask_compile(monkeypatch: pytest.MonkeyP
     if holes:
         optional |= {"key_valid": torch.ones(1, 16384, dtype=torch.bool), "k_scale": torch.ones(1, 16384)}
     launches = record(monkeypatch, torch.bfloat16, arch, optional=optional)
+    launches += record(monkeypatch, torch.bfloat16, arch, optional=optional, queries=1024)[-4:]
     check([recorded for recorded in launches if recorded[0].__name__ in LOADS], arch)
 
 
@@ -156,6 +172,7 @@ def test_tensors_that_are_not_given_are_not_loaded(monkeypatch: pytest.MonkeyPat
 
     def loads(**optional: Tensor) -> dict[str, int]:
         launches = record(monkeypatch, torch.bfloat16, "sm_90", optional=optional)
+        launches += record(monkeypatch, torch.bfloat16, "sm_90", optional=optional, queries=1024)
         code = {kernel.__name__: compile_launch((kernel, *rest), "sm_90").asm["ttir"] for kernel, *rest in launches}
         if not optional:
             assert not any("!tt.ptr<i64>" in ir for ir in code.values())

@@ -193,14 +193,22 @@ def small_tiles(workspace: int = 1) -> Iterator[None]:
     tiles = launch.score_tiles
 
     def small(heads: int, dim: int, dtype: torch.dtype) -> launch.Tiles:
-        return tiles(heads, dim, dtype)._replace(tile=16, tile_dim=16)
+        # A product of float8 adds at least 32 at a time.
+        return tiles(heads, dim, dtype)._replace(tile=16, tile_dim=32 if ON_GPU and dtype == FP8 else 16)
 
     values = {
         "score_tiles": small,
         "SORT_TILE": 8,
         "SELECT_TILE": 16,
         "SCAN_TILE": 16,
-        "TILES_PER_PROGRAM": 1,
+        "PAIR_TILE": 4,
+        "MOST_ROWS": 2,
+        "FEW_ROWS": 1,
+        "FEW_PAIRS": 0,
+        "MANY_PROGRAMS": 1,
+        "MANY_COARSE_PROGRAMS": 1,
+        "EMIT_TILE": 4,
+        "LIST_TILE": 2,
         "WORKSPACE_BYTES": workspace,
     }
     with mock.patch.multiple(launch, **values):
@@ -212,7 +220,7 @@ def cases(draw: st.DrawFn) -> Case:
     """All the operator's arguments.  Heads, dims and block sizes are few because each is compiled anew on a GPU."""
     batch, queries = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     tokens = draw(st.integers(1, 60))
-    block_size, block_topk = draw(st.sampled_from([1, 3, 4, 6])), draw(st.integers(2, 6))
+    block_size, block_topk = draw(st.sampled_from([1, 3, 4, 6, 16])), draw(st.integers(2, 6))
     dtype = draw(st.sampled_from(DTYPES))
     weighted = draw(st.booleans())
     case = exact_case(
@@ -355,22 +363,22 @@ def eligible_of(case: Case) -> Tensor:
     captured: dict[str, Any] = {}
     original = launch.launch
 
-    def until_coarse(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
+    def until_coarse(kernel: Any, programs: int, options: launch.Launch, **arguments: Any) -> None:
         if kernel in (launch.pool_kernel, launch.coarse_kernel):
-            original(kernel, programs, warps, **arguments)
+            original(kernel, programs, options, **arguments)
             captured.update(arguments)
 
     with mock.patch.object(launch, "launch", until_coarse):
         run(case)
-    keys, size = captured["block_keys_ptr"].view(batch, queries, -1), case["block_size"]
-    assert keys.shape[2] == -(-tokens // size)
+    size = case["block_size"]
+    blocks = -(-tokens // size)
+    bits = captured["block_scores_ptr"].view(batch, queries, -1)[..., :blocks]
     start = case.get("window_start", torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)).clamp(0, tokens)
     end = case.get("window_end", torch.full((1, 1), tokens, device=DEVICE)).clamp(0, tokens)
-    # Columns count from the window's first block; those past its last one are not written.
-    block = torch.arange(keys.shape[2], device=DEVICE)
-    column = (block - (start // size)[..., None]).expand(keys.shape)
-    touched = (column >= 0) & (block < -(-end // size)[..., None]) & (start < end)[..., None]
-    return touched & (keys.gather(-1, column.clamp_min(0)) != -(2**31))
+    # What lies outside the window's blocks may not be written.
+    block = torch.arange(blocks, device=DEVICE)
+    touched = (block >= (start // size)[..., None]) & (block < -(-end // size)[..., None]) & (start < end)[..., None]
+    return touched & (bits != -1)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("packed", torch.int32), ("runs", torch.int64), ("mixed", torch.int64)])
@@ -526,14 +534,16 @@ def test_workspace_does_not_grow_with_the_queries() -> None:
         allocated.append(x.numel() * x.element_size())
         return x
 
-    zero = torch.zeros(1, 1, 1, 1, device=DEVICE)
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.float16, device=DEVICE)
     q, k = zero.expand(1, 300_000, 64, 128), zero[0].expand(1, 10**6, 128)
-    with mock.patch.object(torch, "empty", counting), mock.patch.object(launch, "launch"):
+    with mock.patch.object(torch, "empty", counting), mock.patch.object(launch, "launch") as launched:
         launch.indexer_topk_triton(q, k, q[..., 0], 20, Budget(128, 64), Visibility(), None, None, True, False)
-    outputs, means, chunks = allocated[:2], allocated[2], allocated[3:]
-    assert outputs == [300_000 * 20 * 4] * 2
-    assert means == -(-(10**6) // 128) * 128 * 4
-    assert sum(chunks) <= launch.WORKSPACE_BYTES
+    assert any(call.args[0] is launch.refine_by_block_kernel for call in launched.call_args_list)
+    blocks = -(-(10**6) // 128)
+    assert allocated[:2] == [300_000 * 20 * 4] * 2
+    allocated.remove(blocks * 128 * 2)
+    # The lists of pairs: where each begins, and at most one item of work that is not full.
+    assert sum(allocated[2:]) <= launch.WORKSPACE_BYTES + 12 * blocks + 8
 
 
 # ---- on a GPU only ----------------------------------------------------------------------------------------------
@@ -564,19 +574,21 @@ def test_selection_at_the_papers_sizes(dtype: torch.dtype) -> None:
     """Sampled rows against float64: scores, kept blocks, and nothing better left out.
 
     The tolerance is that of float32 accumulation: a matrix unit adds 16 products at a time and truncates, D / 16
-    additions and then H of them, each off by at most 2^-23 of the sum of magnitudes.
+    additions and then H of them, each off by at most 2^-23 of the sum of magnitudes.  Hopper adds float8 products 32 at
+    a time and keeps 13 bits behind the point of the largest.
     """
     case = real_case(dtype)
     captured: dict[str, Tensor] = {}
     original = launch.launch
 
-    def capture(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
+    def capture(kernel: Any, programs: int, options: launch.Launch, **arguments: Any) -> None:
         captured.update({name: arguments[name] for name in ("means_ptr",) if arguments.get(name) is not None})
-        original(kernel, programs, warps, **arguments)
+        original(kernel, programs, options, **arguments)
 
     with mock.patch.object(launch, "launch", capture):
         indices, scores = run(case)
-    unit = (128 / 16 + 64) * 2.0**-23
+    unit = (128 / 16 + 64) * 2.0**-23 + (128 / 32 * 2.0**-13 if dtype == FP8 else 0.0)
+    coarse_unit = (128 / 16 + 64) * 2.0**-23
     keys = case["k"][0].double()
     if "k_scale" in case:
         keys = keys * case["k_scale"][0].double()[:, None]
@@ -602,7 +614,7 @@ def test_selection_at_the_papers_sizes(dtype: torch.dtype) -> None:
 
         blocks = -(-visible // 128)
         coarse, size = exact_scores(case, row, means[:blocks])
-        slack = 2 * unit * size.max()
+        slack = 2 * coarse_unit * size.max()
         forced = torch.zeros(blocks, dtype=torch.bool, device=DEVICE)
         forced[[0, -1]] = True
         cut = coarse[~forced].topk(62).values[-1]
@@ -729,7 +741,7 @@ def test_sizes_that_change_do_not_recompile() -> None:
     """S, T and the number of blocks are not specialised: a serving loop compiles once."""
     shapes = ((1, 100, 3000), (2, 77, 3001), (1, 1, 4096), (3, 16, 2500))
     run(gaussian_case(*shapes[1], 16, 64, torch.bfloat16, topk=64, block_size=16, block_topk=16))
-    kernels = (launch.coarse_kernel, launch.refine_kernel, launch.fill_kernel)
+    kernels = (launch.coarse_kernel, launch.refine_by_block_kernel, launch.refine_by_row_kernel, launch.fill_kernel)
     # Strides are specialised on being 1 and on divisibility by 16, which these shapes leave alone.
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     for shape in shapes:

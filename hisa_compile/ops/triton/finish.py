@@ -1,7 +1,7 @@
 """The last stages: filling rows that have too few visible candidates, and putting rows in order.
 
-Until the last stage a row of the outputs holds, in any order, positions (-1 - position for hidden tokens) and the
-rank keys of the scores.
+Where rows are put in order, a row of the outputs holds until then, in any order, positions (-1 - position for hidden
+tokens) and the rank keys of the scores; where they are not (FINAL), the outputs themselves.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .keys import pack, rank_key, unpack
+from .keys import key_score, pack, rank_key, unpack
 from .operands import load_factor
-from .score import load_query, load_weights, tile_scores
+from .score import load_query, load_weights, score_tile
 from .visible import row_coordinates, row_segment, row_window, visible_tokens
 
 
 @triton.jit(
     do_not_specialize=["first_row", "S", "T", "M", "block_topk", "K"],
-    do_not_specialize_on_alignment=["w_ptr", "scale_ptr", "k_weight_ptr"],
+    do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr"],
 )
 def fill_kernel(
     q_ptr, q_sb, q_ss, q_sh, q_sd,
     k_ptr, k_sb, k_st, k_sd,
-    w_ptr, w_sb, w_ss, w_sh,
+    w_ptr, w_sr,
     scale_ptr, scale_sb, scale_st,
     k_weight_ptr, k_weight_sb, k_weight_st,
     start_ptr, start_sb, start_ss,
@@ -36,12 +36,12 @@ def fill_kernel(
     first_row, S, T, M, block_topk, K,
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, SCAN: tl.constexpr,
-    FP8: tl.constexpr, WIDEN: tl.constexpr,
+    FINAL: tl.constexpr, MARK_HIDDEN: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Fill up rows whose visible candidates were fewer than K, one program a row; the others leave at once.
 
     First with visible tokens outside the kept blocks, with their own scores, then with hidden tokens, both lowest
-    position first.  indices_ptr and keys_ptr are int32 [B * S, K].
+    position first.  indices_ptr and keys_ptr are int32 [B * S, K], as :func:`.select.select_tokens_kernel` left them.
     """
     row = tl.program_id(0)
     have = tl.load(selected_count_ptr + row)
@@ -67,31 +67,34 @@ def fill_kernel(
                 q_ptr += batch * q_sb + query_index * q_ss
                 k_ptr += batch * k_sb
                 query = load_query(q_ptr, q_sh, q_sd, 0, H, D, PADDED_H, TILE_D, FP8)
-                weights = load_weights(w_ptr + batch * w_sb + query_index * w_ss, w_sh, H, PADDED_H)
+                weights = load_weights(w_ptr + row.to(tl.int64) * w_sr, H, PADDED_H)
                 while (token_base < end) & (have < K):
                     token = token_base + tl.arange(0, TILE)
                     outside = visible_tokens(
                         token, start, end, valid_ptr, valid_st, mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
                     )
-                    column = token // BLOCK_SIZE - start // BLOCK_SIZE
-                    flag = tl.load(kept_flag_ptr + row.to(tl.int64) * M + column, mask=outside, other=1)
+                    flag = tl.load(kept_flag_ptr + row.to(tl.int64) * M + token // BLOCK_SIZE, mask=outside, other=1)
                     outside = outside & (flag == 0)
                     found = tl.sum(outside.to(tl.int32), axis=0)
                     if found > 0:
                         scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, outside)
                         factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, outside)
-                        scores = tile_scores(
+                        scores = score_tile(
                             query, weights, q_ptr, q_sh, q_sd, k_ptr + token * k_st, k_sd, scale, factor, outside,
                             H, D, PADDED_H, TILE_D, FP8, FP8, WIDEN,
                         )  # fmt: skip
                         slot = have + tl.cumsum(outside.to(tl.int32), axis=0) - 1
                         wanted = outside & (slot < K)
                         tl.store(indices_ptr + output + slot, token.to(tl.int32), mask=wanted)
-                        tl.store(keys_ptr + output + slot, rank_key(scores), mask=wanted)
+                        key = rank_key(scores)
+                        if FINAL:
+                            key = key_score(key).to(tl.int32, bitcast=True)
+                        tl.store(keys_ptr + output + slot, key, mask=wanted)
                         have += found
                     token_base += TILE
 
-        hidden_key = rank_key(tl.full([SCAN], float("-inf"), tl.float32))
+        hidden_key = tl.full([SCAN], float("-inf"), tl.float32)
+        hidden_key = hidden_key.to(tl.int32, bitcast=True) if FINAL else rank_key(hidden_key)
         hidden_base = start * 0
         while (hidden_base < T) & (have < K):
             token = hidden_base + tl.arange(0, SCAN)
@@ -101,7 +104,10 @@ def fill_kernel(
             hidden = (token < T) & (visible == 0)
             slot = have + tl.cumsum(hidden.to(tl.int32), axis=0) - 1
             wanted = hidden & (slot < K)
-            tl.store(indices_ptr + output + slot, (-1 - token).to(tl.int32), mask=wanted)
+            index = -1 - token
+            if FINAL:
+                index = token * 0 - 1 if MARK_HIDDEN else token
+            tl.store(indices_ptr + output + slot, index.to(tl.int32), mask=wanted)
             tl.store(keys_ptr + output + slot, hidden_key, mask=wanted)
             have += tl.sum(hidden.to(tl.int32), axis=0)
             hidden_base += SCAN
@@ -115,22 +121,18 @@ def _load_packed(indices_ptr, keys_ptr, offset, wanted):
 
 
 @triton.jit(do_not_specialize=["first_row", "K"])
-def emit_kernel(
+def sort_kernel(
     indices_ptr, keys_ptr, scores_ptr,
-    first_row, K, TILE: tl.constexpr, SORT: tl.constexpr, MARK_HIDDEN: tl.constexpr,
+    first_row, K, TILE: tl.constexpr, MARK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of entries to the operator's outputs, in place, grid (rows * tiles), one tile if it sorts.
+    """Rows of at most TILE entries to the operator's outputs, in order and in place, one program a row.
 
     keys_ptr int32 and scores_ptr float32 are the same memory [B * S, K].
     """
-    tiles = tl.cdiv(K, TILE)
-    row = tl.program_id(0) // tiles
-    column = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
-    offset = (row.to(tl.int64) + first_row) * K + column
+    column = tl.arange(0, TILE)
+    offset = (tl.program_id(0).to(tl.int64) + first_row) * K + column
     wanted = column < K
-    packed = _load_packed(indices_ptr, keys_ptr, offset, wanted)
-    if SORT:
-        packed = tl.sort(packed, descending=True)
+    packed = tl.sort(_load_packed(indices_ptr, keys_ptr, offset, wanted), descending=True)
     index, score = unpack(packed, MARK_HIDDEN)
     tl.store(indices_ptr + offset, index, mask=wanted)
     tl.store(scores_ptr + offset, score, mask=wanted)

@@ -12,6 +12,23 @@ import triton.language as tl
 
 HIDDEN_KEY = tl.constexpr(-(2**31))
 NAN_KEY = tl.constexpr(2**31 - 1)
+# Between kernels scores travel as their bits, 0.0 and NaN always positive; these are what becomes HIDDEN_KEY.
+HIDDEN_BITS = tl.constexpr(-1)
+
+
+@triton.jit
+def score_bits(score, visible):
+    """The bits of a score as :func:`stored_key` wants them, ``HIDDEN_BITS`` where not ``visible`` (None: all are)."""
+    bits = tl.where(score != score, NAN_KEY, (score + 0.0).to(tl.int32, bitcast=True))
+    if visible is not None:
+        bits = tl.where(visible, bits, HIDDEN_BITS)
+    return bits
+
+
+@triton.jit
+def stored_key(bits):
+    """The rank key of what :func:`score_bits` left, in two operations."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit

@@ -2,15 +2,16 @@
 
 Queries are rows r = b * S + s.  Block means are made once; then chunks of rows go through
 
-    coarse scores -> kept blocks -> token scores -> selection -> fill -> order
+    coarse scores -> kept blocks -> (pairs by block) -> token scores -> selection -> fill -> order
 
-(the first two only where not every block is kept).  A chunk is as many rows as the workspace allows, whatever S
+(the first three only where not every block is kept).  A chunk is as many rows as the workspace allows, whatever S
 and T are, and nothing here waits for the device: chunks depend on shapes only, so the whole can be captured in a
 CUDA graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,46 +21,56 @@ from torch import Tensor
 from ..budget import Budget
 from ..reference import pooled_dtype
 from ..visibility import Visibility
-from .finish import emit_kernel, fill_kernel, merge_tiles_kernel, sort_tiles_kernel
+from .coarse import coarse_kernel
+from .config import (
+    EMIT_TILE,
+    FEW_PAIRS,
+    FEW_ROWS,
+    LIST_TILE,
+    MANY_COARSE_PROGRAMS,
+    MANY_PROGRAMS,
+    MOST_ROWS,
+    PAIR_TILE,
+    SCAN_TILE,
+    SELECT_TILE,
+    SORT_TILE,
+    Launch,
+    by_block_launch,
+    by_row_launch,
+    coarse_launch,
+    fitting,
+    score_tiles,
+    select_launch,
+)
+from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_kernel
+from .group import list_items_kernel, sort_pairs_kernel
 from .operands import FP8_BITS, FP8_NATIVE, FP8_NONE
 from .pool import pool_kernel
-from .score import coarse_kernel, refine_kernel
+from .refine import refine_by_block_kernel, refine_by_row_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
 
-# Everything the operator allocates besides its outputs stays below this, but for what is linear in the keys (block
-# means, the last-valid table, the bounds of blocks' segments) and the least a single row needs.
+# Everything the operator allocates besides its outputs stays below this, but for what is linear in the number of keys
+# (block means, the last-valid table, bounds of segments, lists of pairs) and the least that a single row needs.
 WORKSPACE_BYTES = 48 * 2**20
-# Entries that one program sorts; longer rows are sorted in tiles of this size and merged.
-SORT_TILE = 4096
-# Rank keys that one program holds in registers while it selects; longer rows are read again for each bit.
-SELECT_TILE = 8192
-# Tokens that one step of the search for hidden tokens looks at.
-SCAN_TILE = 1024
-# Score tiles a program computes for one row, so that the row's q is loaded once for all of them.
-TILES_PER_PROGRAM = 8
+# A row of a chunk and the place of a kept block share an int32.
+_MOST_ROWS = 2**15 - 1
+_MOST_SLOTS = 2**16
 
 
-class Tiles(NamedTuple):
-    """Shapes of the score kernels: [tile, tile_dim] @ [tile_dim, padded_heads]."""
+class Chunk(NamedTuple):
+    """Rows [first_row, first_row + rows): part of one batch's, or those of whole batches, of_batch each."""
 
-    tile: int
-    tile_dim: int
-    padded_heads: int
-    num_warps: int
+    first_row: int
+    rows: int
+    of_batch: int
 
-
-def score_tiles(heads: int, dim: int, dtype: torch.dtype) -> Tiles:
-    """Tile shapes from H, D and dtype alone, so that no other size can change a score's bits."""
-    padded_heads = max(16, triton.next_power_of_2(heads))
-    padded_dim = max(16, triton.next_power_of_2(dim))
-    if dtype == torch.float32:
-        # No tensor cores: the product is unrolled into multiply-adds, a small tile keeps that in registers.
-        return Tiles(64, min(padded_dim, 32), padded_heads, 4 if padded_heads <= 64 else 8)
-    return Tiles(128, padded_dim if padded_dim <= 128 else 64, padded_heads, 4 if padded_heads <= 64 else 8)
+    @property
+    def batches(self) -> int:
+        return self.rows // self.of_batch
 
 
 def fp8_mode(q: Tensor) -> int:
-    """How kernels convert float8: by the hardware from sm_89 on, else bit by bit.
+    """How kernels take float8: as it is from sm_89 on, else bit by bit.
 
     Else is older NVIDIA, AMD, and the interpreter, which reads a float8 NaN as 480.
     """
@@ -69,17 +80,18 @@ def fp8_mode(q: Tensor) -> int:
     return int(FP8_NATIVE if native else FP8_BITS)
 
 
-def launch(kernel: Any, programs: int, num_warps: int, **arguments: Any) -> None:
+def launch(kernel: Any, programs: int, options: Launch, **arguments: Any) -> None:
     """Every kernel launch of the operator goes through here (tests record and compile them)."""
-    kernel[(programs,)](**arguments, num_warps=num_warps)
+    limits = {} if options.maxnreg is None else {"maxnreg": options.maxnreg}
+    kernel[(programs,)](**arguments, num_warps=options.num_warps, num_stages=options.stages, **limits)
 
 
-def _strided(name: str, x: Tensor | None, dims: str) -> dict[str, Any]:
+def _strided(name: str, x: Tensor | None, dims: str, fp8: int = FP8_BITS) -> dict[str, Any]:
     """Kernel arguments ``name``_ptr and ``name``_s<dim>; None and zeros for a tensor that is not given."""
     if x is None:
         return {f"{name}_ptr": None} | {f"{name}_s{dim}": 0 for dim in dims}
-    # bool and float8 travel as bytes: every backend loads those.
-    if x.dtype in (torch.bool, torch.float8_e4m3fn):
+    # bool travels as bytes, and so does float8 where it is taken apart: every backend loads those.
+    if x.dtype == torch.bool or (x.dtype == torch.float8_e4m3fn and fp8 == FP8_BITS):
         x = x.view(torch.uint8)
     return {f"{name}_ptr": x} | {f"{name}_s{dim}": stride for dim, stride in zip(dims, x.stride(), strict=True)}
 
@@ -111,228 +123,386 @@ def indexer_topk_triton(
     if indices.numel() == 0:
         return indices, scores
     with torch.cuda.device_of(q):
-        _run(q, k, weights, budget, visibility, k_scale, k_weight, sorted, mark_hidden, indices, scores)
+        call = _Call(q, k, weights, budget, visibility, k_scale, k_weight, indices, scores, sorted, mark_hidden)
+        call.run()
     return indices, scores
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    weights: Tensor,
-    budget: Budget,
-    visibility: Visibility,
-    k_scale: Tensor | None,
-    k_weight: Tensor | None,
-    sorted: bool,
-    mark_hidden: bool,
-    indices: Tensor,
-    scores: Tensor,
-) -> None:
-    batch, queries, heads, dim = q.shape
-    tokens, width = k.shape[1], indices.shape[2]
-    device = q.device
-    block_size, block_topk = budget
-    blocks = triton.cdiv(tokens, block_size)
-    prune = blocks > block_topk
+def chunks_of_rows(batch: int, queries: int, most: int) -> Iterator[Chunk]:
+    """All rows in chunks of at most ``most``."""
+    if queries > most:
+        rows = triton.cdiv(queries, triton.cdiv(queries, most))
+        for b in range(batch):
+            for s in range(0, queries, rows):
+                here = min(rows, queries - s)
+                yield Chunk(b * queries + s, here, here)
+    else:
+        batches = triton.cdiv(batch, triton.cdiv(batch, most // queries))
+        for b in range(0, batch, batches):
+            yield Chunk(b * queries, min(batches, batch - b) * queries, queries)
 
-    def expanded(x: Tensor | None, *shape: int) -> Tensor | None:
-        return None if x is None else x.expand(shape)
 
-    window = _strided("start", expanded(visibility.window_start, batch, queries), "bs") | _strided(
-        "end", expanded(visibility.window_end, batch, queries), "bs"
-    )
-    valid = _strided("valid", visibility.key_valid, "bt")
-    mask = _strided("mask", expanded(visibility.mask, batch, queries, tokens), "bst")
-    q_segment = _strided("q_segment", expanded(visibility.q_segment, batch, queries), "bs")
-    k_segment = _strided("k_segment", visibility.k_segment, "bt")
-    seen = window | valid | mask | q_segment | k_segment
-    keys = _strided("k", k, "btd") | _strided("scale", k_scale, "bt") | _strided("k_weight", k_weight, "bt")
-    query = _strided("q", q, "bshd") | _strided("w", weights, "bsh")
-    sizes = {"S": queries, "T": tokens}
-    fp8 = fp8_mode(q)
-    tiles = score_tiles(heads, dim, q.dtype)
-    score_shape = {
-        "H": heads,
-        "D": dim,
-        "BLOCK_SIZE": block_size,
-        "PADDED_H": tiles.padded_heads,
-        "TILE_D": tiles.tile_dim,
-        "TILE": tiles.tile,
-        "FP8": fp8,
-        "WIDEN": triton.knobs.runtime.interpret,
-    }
+def _group(rows: int, tiles: int, programs: int) -> int:
+    """Rows that go past one tile of vectors: as many as leave work for so many programs."""
+    return max(1, min(MOST_ROWS, rows * tiles // programs))
 
-    means = last_valid = low = high = None
-    if prune:
-        means = torch.empty((batch, blocks, dim), dtype=pooled_dtype(k.dtype), device=device)
-        if visibility.key_valid is not None:
-            last_valid = torch.empty((batch, tokens), dtype=torch.int32, device=device)
-        if visibility.k_segment is not None:
-            low, high = (torch.empty((batch, blocks), dtype=torch.int64, device=device) for _ in range(2))
+
+class _Call:
+    """One call: the kernels' arguments, the workspace, and the stages in their order."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        weights: Tensor,
+        budget: Budget,
+        visibility: Visibility,
+        k_scale: Tensor | None,
+        k_weight: Tensor | None,
+        indices: Tensor,
+        scores: Tensor,
+        sorted: bool,
+        mark_hidden: bool,
+    ) -> None:
+        self.batch, self.queries, heads, self.dim = q.shape
+        self.tokens, self.width = k.shape[1], indices.shape[2]
+        self.device, self.dtype = q.device, q.dtype
+        self.block_size, self.block_topk = budget
+        self.blocks = triton.cdiv(self.tokens, self.block_size)
+        self.prune = self.blocks > self.block_topk
+        self.sorted, self.mark_hidden = sorted, mark_hidden
+        self.outputs = {"indices_ptr": indices, "keys_ptr": scores.view(torch.int32)}
+        self.scores = scores
+
+        def expanded(x: Tensor | None, *more: int) -> Tensor | None:
+            return None if x is None else x.expand(self.batch, self.queries, *more)
+
+        fp8 = fp8_mode(q)
+        self.window = _strided("start", expanded(visibility.window_start), "bs")
+        self.window |= _strided("end", expanded(visibility.window_end), "bs")
+        self.of_keys = _strided("valid", visibility.key_valid, "bt") | _strided("k_segment", visibility.k_segment, "bt")
+        self.seen = self.window | self.of_keys
+        self.seen |= _strided("mask", expanded(visibility.mask, self.tokens), "bst")
+        self.seen |= _strided("q_segment", expanded(visibility.q_segment), "bs")
+        self.keys = _strided("k", k, "btd", fp8) | _strided("scale", k_scale, "bt")
+        self.keys |= _strided("k_weight", k_weight, "bt")
+        self.query = _strided("q", q, "bshd", fp8)
+        self.weights = weights
+        self.tiles = score_tiles(heads, self.dim, q.dtype)
+        self.shape = {
+            "H": heads,
+            "D": self.dim,
+            "BLOCK_SIZE": self.block_size,
+            "PADDED_H": self.tiles.padded_heads,
+            "TILE_D": self.tiles.tile_dim,
+            "TILE": self.tiles.tile,
+            "FP8": fp8,
+            "WIDEN": triton.knobs.runtime.interpret,
+        }
+        self.sizes = {"S": self.queries, "T": self.tokens}
+        self.plan()
+        self.allocate()
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def plan(self) -> None:
+        """What depends on the sizes alone: widths of the rows of the workspace, and the chunks."""
+        # Columns of a row of token scores.
+        self.columns = self.block_size * self.block_topk if self.prune else self.tokens
+        self.one_tile = self.columns <= SELECT_TILE
+        # Longer rows than one program can sort are sorted in tiles beside the outputs.
+        self.merged = self.sorted and self.width > SORT_TILE
+        self.sort_tile = min(triton.next_power_of_2(self.width), SORT_TILE)
+        self.sort_tiles = triton.cdiv(self.width, self.sort_tile)
+        # Scores of blocks are no longer needed when scores of tokens are made.
+        self.pitch = 16 * triton.cdiv(max(self.columns, self.blocks if self.prune else 0), 16)
+        row_bytes = 4 * self.pitch + 4 + 4 * self.weights.shape[2]
+        if self.prune:
+            row_bytes += self.blocks + 4 + 4 * self.block_topk
+            # Places among the pairs of a block, pairs, items.
+            row_bytes += 16 * self.block_topk
+        if not self.one_tile:
+            row_bytes += 4 * SELECT_TILE
+        if self.merged:
+            row_bytes += 8 * self.sort_tiles * self.sort_tile
+        most = max(1, min(WORKSPACE_BYTES // row_bytes, _MOST_ROWS))
+        self.chunks = list(chunks_of_rows(self.batch, self.queries, most))
+        largest = self.chunks[0]
+        # Queries go past a tile of keys, or keys past a query.
+        tile = fitting(self.tiles.tile, self.block_size) if self.prune else self.tiles.tile
+        shared = not self.prune or largest.of_batch * self.block_topk >= FEW_PAIRS * self.blocks
+        self.by_block = (
+            tile is not None
+            and self.dim <= self.tiles.tile_dim
+            and self.block_topk <= _MOST_SLOTS
+            and largest.of_batch >= FEW_ROWS
+            and shared
+        )
+        self.token_tile = tile if self.by_block and tile is not None else self.tiles.tile
+        self.pairs_listed = self.by_block and self.prune
+        self.pairs_of_item = max(4, _group(largest.rows, self.block_topk, MANY_PROGRAMS))
+
+    def allocate(self) -> None:
+        rows = self.chunks[0].rows
+        lists = self.chunks[0].batches * self.blocks
+        self.score_bits = self.empty(rows, self.pitch)
+        self.selected_count = self.empty(rows)
+        self.kept: dict[str, Tensor | None] = {"kept_ptr": None, "kept_count_ptr": None}
+        self.kept_flag = self.counts = self.rank = self.candidates = None
+        if self.prune:
+            self.kept = {"kept_ptr": self.empty(rows, self.block_topk), "kept_count_ptr": self.empty(rows)}
+            self.kept_flag = self.empty(rows, self.blocks, dtype=torch.int8)
+        self.items: dict[str, Tensor | None] = {"items_ptr": None, "item_count_ptr": None, "offsets_ptr": None}
+        self.pairs = None
+        if self.pairs_listed:
+            self.rank = self.empty(rows, self.block_topk)
+            self.pairs = self.empty(rows * self.block_topk)
+            self.counts = torch.zeros(lists, dtype=torch.int32, device=self.device)
+            self.items = {
+                "items_ptr": self.empty(self.most_items(self.chunks[0]), 2),
+                "item_count_ptr": self.empty(1),
+                "offsets_ptr": self.empty(lists + 1),
+            }
+        if not self.one_tile:
+            self.candidates = self.empty(rows, SELECT_TILE)
+
+    def most_items(self, chunk: Chunk) -> int:
+        """A list of n pairs is cut into ceil(n / pairs_of_item) items."""
+        pairs = chunk.rows * self.block_topk
+        return pairs // self.pairs_of_item + min(chunk.batches * self.blocks, pairs)
+
+    def run(self) -> None:
+        means = self.pool() if self.prune else {}
+        for chunk in self.chunks:
+            at = {"first_row": chunk.first_row} | self.sizes
+            self.weights_of(chunk)
+            if self.prune:
+                self.coarse(chunk, at, means)
+                if self.pairs_listed:
+                    self.list_pairs(chunk)
+            self.refine(chunk, at)
+            self.select(chunk, at)
+            self.finish(chunk, at)
+
+    def weights_of(self, chunk: Chunk) -> None:
+        """The chunk's head weights as kernels want them: float32, aligned to 16 bytes, the heads of a row together."""
+        batch, query = divmod(chunk.first_row, self.queries)
+        here = self.weights[batch : batch + chunk.batches, query : query + chunk.of_batch].float()
+        if not here.is_contiguous() or here.data_ptr() % 16:
+            here = here.clone(memory_format=torch.contiguous_format)
+        self.query |= {"w_ptr": here, "w_sr": here.shape[2]}
+
+    def pool(self) -> dict[str, Any]:
+        """Launch the pooling; the arguments by which the coarse stage reads its results."""
+        blocks, dim = self.blocks, self.dim
+        means = self.empty(self.batch, blocks, dim, dtype=pooled_dtype(self.dtype))
+        tables: dict[str, Tensor | None] = {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
+        if self.of_keys["valid_ptr"] is not None:
+            tables["last_valid_ptr"] = self.empty(self.batch, self.tokens)
+        if self.of_keys["k_segment_ptr"] is not None:
+            tables["low_ptr"], tables["high_ptr"] = (self.empty(self.batch, blocks, dtype=torch.int64) for _ in "lh")
         launch(
             pool_kernel,
-            batch * blocks,
-            4,
-            **keys,
-            **valid,
-            **k_segment,
+            self.batch * blocks,
+            Launch(1, 4),
+            **self.keys,
+            **self.of_keys,
+            **tables,
             means_ptr=means,
-            last_valid_ptr=last_valid,
-            low_ptr=low,
-            high_ptr=high,
-            T=tokens,
+            T=self.tokens,
             M=blocks,
             D=dim,
-            BLOCK_SIZE=block_size,
+            BLOCK_SIZE=self.block_size,
             PADDED_D=triton.next_power_of_2(dim),
-            TILE=min(triton.next_power_of_2(block_size), 32),
-            FP8=fp8,
+            TILE=min(triton.next_power_of_2(self.block_size), 32),
+            FP8=self.shape["FP8"],
         )
+        return _strided("means", means, "bmd") | tables
 
-    columns = budget.candidates if prune else tokens
-    # Longer rows than one program can sort are sorted in tiles beside the outputs.
-    merged = sorted and width > SORT_TILE
-    sort_tile = min(triton.next_power_of_2(width), SORT_TILE)
-    sort_tiles = triton.cdiv(width, sort_tile)
-    row_bytes = 4 * columns + 4 + (5 * blocks + 4 * block_topk + 4) * prune + 8 * sort_tiles * sort_tile * merged
-    rows = batch * queries
-    chunk = min(rows, max(1, WORKSPACE_BYTES // row_bytes))
-
-    token_keys = torch.empty((chunk, columns), dtype=torch.int32, device=device)
-    selected_count = torch.empty(chunk, dtype=torch.int32, device=device)
-    block_keys = kept = kept_count = kept_flag = packed = None
-    if prune:
-        block_keys = torch.empty((chunk, blocks), dtype=torch.int32, device=device)
-        kept = torch.empty((chunk, block_topk), dtype=torch.int32, device=device)
-        kept_count = torch.empty(chunk, dtype=torch.int32, device=device)
-        kept_flag = torch.empty((chunk, blocks), dtype=torch.int8, device=device)
-    if merged:
-        packed = torch.empty((chunk, sort_tiles * sort_tile), dtype=torch.int64, device=device)
-    # The rank keys of selected tokens live where the scores will be.
-    selected_keys = scores.view(torch.int32)
-
-    for first_row in range(0, rows, chunk):
-        here = min(chunk, rows - first_row)
-        common = {"first_row": first_row} | sizes
-        if prune:
-            groups = triton.cdiv(blocks, tiles.tile * TILES_PER_PROGRAM)
-            launch(
-                coarse_kernel,
-                here * groups,
-                tiles.num_warps,
-                **query,
-                **seen,
-                **common,
-                **score_shape,
-                means_ptr=means,
-                last_valid_ptr=last_valid,
-                low_ptr=low,
-                high_ptr=high,
-                block_keys_ptr=block_keys,
-                groups=groups,
-                M=blocks,
-                TILES=TILES_PER_PROGRAM,
-            )
-            launch(
-                select_blocks_kernel,
-                here,
-                _select_warps(blocks),
-                **window,
-                **common,
-                block_keys_ptr=block_keys,
-                kept_ptr=kept,
-                kept_count_ptr=kept_count,
-                kept_flag_ptr=kept_flag,
-                M=blocks,
-                block_topk=block_topk,
-                BLOCK_SIZE=block_size,
-                **_select_tile(blocks),
-            )
-        groups = triton.cdiv(columns, tiles.tile * TILES_PER_PROGRAM)
+    def coarse(self, chunk: Chunk, at: dict[str, int], means: dict[str, Any]) -> None:
+        """Scores of blocks, and the kept ones."""
+        tiles = triton.cdiv(self.blocks, self.tiles.tile)
+        group = _group(chunk.rows, tiles, MANY_COARSE_PROGRAMS)
+        how = coarse_launch(self.tiles, self.dtype)
         launch(
-            refine_kernel,
-            here * groups,
-            tiles.num_warps,
-            **query,
-            **keys,
-            **seen,
-            **common,
-            **score_shape,
-            kept_ptr=kept,
-            kept_count_ptr=kept_count,
-            token_keys_ptr=token_keys,
-            groups=groups,
-            columns=columns,
-            block_topk=block_topk,
-            TILES=TILES_PER_PROGRAM,
+            coarse_kernel,
+            chunk.batches * triton.cdiv(chunk.of_batch, group) * tiles,
+            how,
+            **self.query,
+            **self.seen,
+            **means,
+            **at,
+            **self.shape,
+            block_scores_ptr=self.score_bits,
+            rows_per_batch=chunk.of_batch,
+            group_rows=group,
+            M=self.blocks,
+            pitch=self.pitch,
+            MOST_ROWS=MOST_ROWS,
+            STAGES=how.stages,
         )
+        launch(
+            select_blocks_kernel,
+            chunk.rows,
+            select_launch(self.blocks),
+            **self.window,
+            **self.kept,
+            **at,
+            block_scores_ptr=self.score_bits,
+            kept_flag_ptr=self.kept_flag,
+            counts_ptr=self.counts,
+            rank_ptr=self.rank,
+            rows_per_batch=chunk.of_batch,
+            M=self.blocks,
+            pitch=self.pitch,
+            block_topk=self.block_topk,
+            BLOCK_SIZE=self.block_size,
+            SLOTS=min(triton.next_power_of_2(self.block_topk), EMIT_TILE),
+            **_select_tile(self.blocks),
+        )
+
+    def list_pairs(self, chunk: Chunk) -> None:
+        """The pairs (row, kept block) by block, and the items of work that they make."""
+        lists = chunk.batches * self.blocks
+        launch(
+            list_items_kernel,
+            triton.cdiv(lists, LIST_TILE),
+            Launch(1, 4),
+            **self.items,
+            counts_ptr=self.counts,
+            lists=lists,
+            most_pairs=self.pairs_of_item,
+            TILE=LIST_TILE,
+            SUM_TILE=8 * LIST_TILE,
+        )
+        launch(
+            sort_pairs_kernel,
+            triton.cdiv(chunk.rows * self.block_topk, PAIR_TILE),
+            Launch(1, 4),
+            **self.kept,
+            rank_ptr=self.rank,
+            offsets_ptr=self.items["offsets_ptr"],
+            pairs_ptr=self.pairs,
+            counts_ptr=self.counts,
+            lists=lists,
+            rows=chunk.rows,
+            rows_per_batch=chunk.of_batch,
+            M=self.blocks,
+            block_topk=self.block_topk,
+            TILE=PAIR_TILE,
+        )
+
+    def refine(self, chunk: Chunk, at: dict[str, int]) -> None:
+        """Scores of candidate tokens."""
+        work = self.query | self.keys | self.seen | at | self.shape | {"TILE": self.token_tile}
+        work |= {"token_scores_ptr": self.score_bits, "pitch": self.pitch}
+        if not self.by_block:
+            tiles = triton.cdiv(self.columns, self.token_tile)
+            share = max(1, min(tiles, chunk.rows * tiles // MANY_PROGRAMS)) * self.token_tile
+            groups = triton.cdiv(self.columns, share)
+            how = by_row_launch(self.tiles, self.dtype)
+            launch(
+                refine_by_row_kernel,
+                chunk.rows * groups,
+                how,
+                **work,
+                **self.kept,
+                groups=groups,
+                group_columns=share,
+                block_topk=self.block_topk,
+                STAGES=how.stages,
+            )
+            return
+        if self.pairs_listed:
+            group = self.pairs_of_item
+            programs = self.most_items(chunk) * (self.block_size // self.token_tile)
+        else:
+            tiles = triton.cdiv(self.tokens, self.token_tile)
+            group = _group(chunk.rows, tiles, MANY_PROGRAMS)
+            programs = chunk.batches * tiles * triton.cdiv(chunk.of_batch, group)
+        how = by_block_launch(self.tiles, self.dtype)
+        launch(
+            refine_by_block_kernel,
+            programs,
+            how,
+            **work,
+            **self.items,
+            pairs_ptr=self.pairs,
+            rows_per_batch=chunk.of_batch,
+            group_rows=group,
+            M=self.blocks,
+            MOST_ROWS=MOST_ROWS,
+            STAGES=how.stages,
+        )
+
+    def select(self, chunk: Chunk, at: dict[str, int]) -> None:
+        """The best tokens of each row, and others where it has too few."""
         launch(
             select_tokens_kernel,
-            here,
-            _select_warps(columns),
-            **window,
-            **common,
-            kept_ptr=kept,
-            kept_count_ptr=kept_count,
-            token_keys_ptr=token_keys,
-            indices_ptr=indices,
-            keys_ptr=selected_keys,
-            selected_count_ptr=selected_count,
-            columns=columns,
-            block_topk=block_topk,
-            K=width,
-            BLOCK_SIZE=block_size,
-            **_select_tile(columns),
+            chunk.rows,
+            select_launch(self.columns),
+            **self.window,
+            **self.kept,
+            **self.outputs,
+            **at,
+            token_scores_ptr=self.score_bits,
+            candidates_ptr=self.candidates,
+            selected_count_ptr=self.selected_count,
+            pitch=self.pitch,
+            block_topk=self.block_topk,
+            K=self.width,
+            K_TILE=min(triton.next_power_of_2(self.width), EMIT_TILE),
+            BLOCK_SIZE=self.block_size,
+            FINAL=not self.sorted,
+            **_select_tile(self.columns),
         )
         launch(
             fill_kernel,
-            here,
-            tiles.num_warps,
-            **query,
-            **keys,
-            **seen,
-            **common,
-            **score_shape,
-            kept_count_ptr=kept_count,
-            kept_flag_ptr=kept_flag,
-            selected_count_ptr=selected_count,
-            indices_ptr=indices,
-            keys_ptr=selected_keys,
-            M=blocks,
-            block_topk=block_topk,
-            K=width,
+            chunk.rows,
+            Launch(1, self.tiles.num_warps),
+            **self.query,
+            **self.keys,
+            **self.seen,
+            **self.outputs,
+            **at,
+            **self.shape,
+            kept_count_ptr=self.kept["kept_count_ptr"],
+            kept_flag_ptr=self.kept_flag,
+            selected_count_ptr=self.selected_count,
+            M=self.blocks,
+            block_topk=self.block_topk,
+            K=self.width,
             SCAN=SCAN_TILE,
+            FINAL=not self.sorted,
+            MARK_HIDDEN=self.mark_hidden,
         )
-        order = {"indices_ptr": indices, "first_row": first_row, "K": width, "TILE": sort_tile}
-        sort_warps = 8 if sort_tile >= 2048 else 4
-        if merged:
-            launch(sort_tiles_kernel, here * sort_tiles, sort_warps, **order, keys_ptr=selected_keys, packed_ptr=packed)
-            launch(
-                merge_tiles_kernel,
-                here * sort_tiles,
-                sort_warps,
-                **order,
-                packed_ptr=packed,
-                scores_ptr=scores,
-                LOG_TILE=sort_tile.bit_length() - 1,
-                MARK_HIDDEN=mark_hidden,
-            )
-        else:
-            launch(
-                emit_kernel,
-                here * sort_tiles,
-                sort_warps,
-                **order,
-                keys_ptr=selected_keys,
-                scores_ptr=scores,
-                SORT=sorted,
-                MARK_HIDDEN=mark_hidden,
-            )
+
+    def finish(self, chunk: Chunk, at: dict[str, int]) -> None:
+        """Rows in order, if they are to be."""
+        if not self.sorted:
+            return
+        order = {"first_row": at["first_row"], "K": self.width, "TILE": self.sort_tile}
+        how = Launch(1, 8 if self.sort_tile >= 2048 else 4)
+        if not self.merged:
+            launch(sort_kernel, chunk.rows, how, **self.outputs, **order, scores_ptr=self.scores,
+                   MARK_HIDDEN=self.mark_hidden)  # fmt: skip
+            return
+        packed = self.empty(chunk.rows, self.sort_tiles * self.sort_tile, dtype=torch.int64)
+        programs = chunk.rows * self.sort_tiles
+        launch(sort_tiles_kernel, programs, how, **self.outputs, **order, packed_ptr=packed)
+        launch(
+            merge_tiles_kernel,
+            programs,
+            how,
+            **order,
+            packed_ptr=packed,
+            indices_ptr=self.outputs["indices_ptr"],
+            scores_ptr=self.scores,
+            LOG_TILE=self.sort_tile.bit_length() - 1,
+            MARK_HIDDEN=self.mark_hidden,
+        )
 
 
 def _select_tile(columns: int) -> dict[str, Any]:
     return {"TILE": min(triton.next_power_of_2(columns), SELECT_TILE), "ONE_TILE": columns <= SELECT_TILE}
-
-
-def _select_warps(columns: int) -> int:
-    return 8 if columns > 2048 else 4

@@ -1,7 +1,7 @@
-"""Loading q and k as operands of a matrix product whose float32 accumulator sees exact products.
+"""Loading q and k as operands of a matrix product that accumulates in float32.
 
-float8_e4m3fn tensors arrive viewed as uint8 and become float16, which holds each of their values.  They are not
-multiplied as float8: Hopper's float8 tensor cores do not keep a full float32 accumulator.
+float8_e4m3fn tensors are multiplied as float8 where the hardware can; elsewhere they arrive viewed as uint8 and become
+float16, which holds each of their values.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# How float8 arrives: not at all, converted by the hardware (sm_89 and newer), or taken apart bit by bit.
+# How float8 arrives: not at all, as itself to be multiplied or converted by the hardware (NVIDIA, sm_89 and newer), or
+# as bytes that are taken apart bit by bit.
 FP8_NONE = tl.constexpr(0)
 FP8_NATIVE = tl.constexpr(1)
 FP8_BITS = tl.constexpr(2)
@@ -29,11 +30,9 @@ def _fp8_bits_to_float16(bits):
 
 @triton.jit
 def load_operand(pointer, mask, FP8: tl.constexpr):
-    """``tl.load`` with 0 where not ``mask``; float8 as float16, everything else in its own dtype."""
-    x = tl.load(pointer, mask=mask, other=0)
-    if FP8 == FP8_NATIVE:
-        x = x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    elif FP8 == FP8_BITS:
+    """``tl.load`` with 0 where not ``mask``; float8 in bytes as float16, everything else in its own dtype."""
+    x = tl.load(pointer, mask=mask, other=0.0)
+    if FP8 == FP8_BITS:
         x = _fp8_bits_to_float16(x)
     return x
 

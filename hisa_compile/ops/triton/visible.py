@@ -31,6 +31,26 @@ def row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, qu
 
 
 @triton.jit
+def group_touches(
+    low, high, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, first_query, count, T,
+    MOST_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Whether the window of one of ``count`` <= MOST_ROWS queries touches positions [low, high)."""
+    touches = low < T
+    if start_ptr is not None or end_ptr is not None:
+        i = tl.arange(0, MOST_ROWS)
+        query = first_query + i
+        window = i < count
+        if start_ptr is not None:
+            start = tl.load(start_ptr + batch * start_sb + query * start_ss, mask=window, other=0)
+            window = window & (start < high)
+        if end_ptr is not None:
+            window = window & (tl.load(end_ptr + batch * end_sb + query * end_ss, mask=window, other=0) > low)
+        touches = touches & (tl.max(window.to(tl.int32), axis=0) != 0)
+    return touches
+
+
+@triton.jit
 def row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query):
     """The row's segment, int64; None without segments."""
     segment = None

@@ -1,0 +1,89 @@
+"""The coarse stage: scores of block representatives for every query."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .keys import score_bits
+from .operands import FP8_NONE
+from .score import head_sum, load_query, load_vectors, load_weights, multiply
+from .visible import eligible_blocks, group_touches, row_segment, row_window
+
+
+@triton.jit(
+    do_not_specialize=["first_row", "rows_per_batch", "group_rows", "S", "T", "M"],
+)
+def coarse_kernel(
+    q_ptr, q_sb, q_ss, q_sh, q_sd,
+    w_ptr, w_sr,
+    start_ptr, start_sb, start_ss,
+    end_ptr, end_sb, end_ss,
+    valid_ptr, valid_sb, valid_st,
+    mask_ptr, mask_sb, mask_ss, mask_st,
+    q_segment_ptr, q_segment_sb, q_segment_ss,
+    k_segment_ptr, k_segment_sb, k_segment_st,
+    means_ptr, means_sb, means_sm, means_sd, last_valid_ptr, low_ptr, high_ptr, block_scores_ptr,
+    first_row, rows_per_batch, group_rows, S, T, M, pitch,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, MOST_ROWS: tl.constexpr,
+    STAGES: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Scores of blocks, grid (batches * groups of rows * tiles of TILE blocks).
+
+    block_scores_ptr int32 [rows, pitch]: HIDDEN_BITS where the block is not eligible.  Blocks that the row's window
+    does not touch may not be written.  The tile of means stays where it is while a group of ``group_rows`` <= MOST_ROWS
+    rows of one batch goes past it, so a mean is read once a group and a query once a tile.
+    """
+    tiles = tl.cdiv(M, TILE)
+    groups = tl.cdiv(rows_per_batch, group_rows)
+    tile = tl.program_id(0) % tiles
+    group = tl.program_id(0) // tiles % groups
+    batch_here = tl.program_id(0) // tiles // groups
+    batch = (first_row // S + batch_here).to(tl.int64)
+    first_query = (first_row % S).to(tl.int64)
+    first = group * group_rows
+    last = tl.minimum(first + group_rows, rows_per_batch)
+    low = tile.to(tl.int64) * TILE * BLOCK_SIZE
+    if group_touches(
+        low, low + TILE * BLOCK_SIZE, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss,
+        batch, first_query + first, last - first, T, MOST_ROWS,
+    ):  # fmt: skip
+        q_ptr += batch * q_sb
+        if valid_ptr is not None:
+            valid_ptr += batch * valid_sb
+            last_valid_ptr += batch * T
+        if mask_ptr is not None:
+            mask_ptr += batch * mask_sb
+        if k_segment_ptr is not None:
+            k_segment_ptr += batch * k_segment_sb
+            low_ptr += batch * M
+            high_ptr += batch * M
+        column = tile * TILE + tl.arange(0, TILE)
+        exists = column < M
+        block = column.to(tl.int64)
+        mean_ptr = means_ptr + batch * means_sb + block * means_sm
+        means = load_vectors(mean_ptr, means_sd, exists, 0, D, TILE_D, FP8_NONE)
+        for i in tl.range(first, last, num_stages=STAGES):
+            query_index = first_query + i
+            row = batch_here * rows_per_batch + i
+            row_q_ptr = q_ptr + query_index * q_ss
+            query = load_query(row_q_ptr, q_sh, q_sd, 0, H, D, PADDED_H, TILE_D, FP8)
+            weights = load_weights(w_ptr + row.to(tl.int64) * w_sr, H, PADDED_H)
+            start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
+            segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query_index)
+            row_mask_ptr = mask_ptr
+            if mask_ptr is not None:
+                row_mask_ptr += query_index * mask_ss
+            eligible = eligible_blocks(
+                block, start, end, T, valid_ptr, valid_st, last_valid_ptr, row_mask_ptr, mask_st,
+                k_segment_ptr, k_segment_st, low_ptr, high_ptr, segment, BLOCK_SIZE,
+            )  # fmt: skip
+            products = multiply(means, query, tl.zeros([TILE, PADDED_H], tl.float32), WIDEN)
+            if D > TILE_D:
+                for d in range(TILE_D, D, TILE_D):
+                    x = load_vectors(mean_ptr, means_sd, exists, d, D, TILE_D, FP8_NONE)
+                    part = load_query(row_q_ptr, q_sh, q_sd, d, H, D, PADDED_H, TILE_D, FP8)
+                    products = multiply(x, part, products, WIDEN)
+            scores = head_sum(products, weights, None, None, None, H)
+            tl.store(block_scores_ptr + row.to(tl.int64) * pitch + column, score_bits(scores, eligible), mask=exists)

@@ -1,0 +1,90 @@
+"""Tile shapes and launch configurations, which no user's first call has to search for.
+
+Tiles of products depend on H, D and the dtype alone, so that no other size can change a score's bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+# Entries that one program sorts; longer rows are sorted in tiles of this size and merged.
+SORT_TILE = 4096
+# Rank keys that one program holds in registers while it selects.
+SELECT_TILE = 8192
+# Selected entries that one step turns into positions and scores.
+EMIT_TILE = 2048
+# Tokens that one step of the search for hidden tokens looks at.
+SCAN_TILE = 1024
+# Lists of pairs whose places one program works out.
+LIST_TILE = 256
+# Pairs that one program sorts by block.
+PAIR_TILE = 512
+# Most rows that go past one tile of vectors, so that the tile is read once for all of them.
+MOST_ROWS = 32
+# Fewer rows of a batch than this share too few blocks for a sort of the pairs to pay.
+FEW_ROWS = 16
+# Fewer pairs than this for each block, on average, and a sort of the pairs does not pay either.
+FEW_PAIRS = 2
+# Programs that fill any GPU a few times: with fewer, the work is cut finer.
+MANY_PROGRAMS = 2048
+# A tile of means is read for fewer rows than that of a block's keys: it pays to wait for more of them.
+MANY_COARSE_PROGRAMS = 640
+
+
+class Tiles(NamedTuple):
+    """Shapes of the products, [tile, tile_dim] @ [tile_dim, padded_heads], and the warps that share one."""
+
+    tile: int
+    tile_dim: int
+    padded_heads: int
+    num_warps: int
+
+
+def score_tiles(heads: int, dim: int, dtype: torch.dtype) -> Tiles:
+    """Tile shapes from H, D and dtype alone."""
+    padded_heads = max(16, triton.next_power_of_2(heads))
+    padded_dim = max(16, triton.next_power_of_2(dim))
+    if dtype == torch.float32:
+        # No tensor cores: the product is unrolled into multiply-adds, a small tile keeps that in registers.
+        return Tiles(64, min(padded_dim, 32), padded_heads, 4 if padded_heads <= 64 else 8)
+    if dtype == torch.float8_e4m3fn:
+        padded_dim = max(32, padded_dim)
+    return Tiles(128, padded_dim if padded_dim <= 128 else 64, padded_heads, 4 if padded_heads <= 64 else 8)
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched.  ``stages``: tiles in flight in its loop, itself included."""
+
+    stages: int
+    num_warps: int
+    maxnreg: int | None = None
+
+
+def coarse_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
+    return Launch(2 if dtype.itemsize < 4 else 1, tiles.num_warps)
+
+
+def by_block_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
+    return Launch({1: 3, 2: 2}.get(dtype.itemsize, 1), tiles.num_warps, 128 if dtype.itemsize == 1 else None)
+
+
+def by_row_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
+    return Launch({1: 3, 2: 2}.get(dtype.itemsize, 1), tiles.num_warps)
+
+
+def select_launch(columns: int) -> Launch:
+    """One warp counts short rows without waiting for others."""
+    width = triton.next_power_of_2(columns)
+    return Launch(1, 1 if width <= 512 else 4 if width <= 2048 else 8, 128 if width > 2048 else None)
+
+
+def fitting(tile: int, size: int) -> int | None:
+    """The largest tile of at most ``tile`` and at least 64 vectors (less only if ``tile`` is) that divides ``size``."""
+    while tile >= 64 or size % tile == 0:
+        if size % tile == 0:
+            return tile
+        tile //= 2
+    return None

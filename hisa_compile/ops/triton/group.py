@@ -1,0 +1,69 @@
+"""Kept blocks by block instead of by query: a counting sort of the pairs (query, kept block).
+
+Neighbouring queries keep mostly the same blocks, and any 1024 queries keep each block of 64K tokens 128 times on
+average.  With the pairs of a block side by side its keys are read once for many of them; query by query they are read
+anew each time, which at one byte an element is more than the L2 cache delivers in the time of the products.
+
+A pair is row * 2^16 + slot: the row within the chunk and the place in its list of kept blocks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["lists", "most_pairs"])
+def list_items_kernel(
+    counts_ptr, offsets_ptr, items_ptr, item_count_ptr, lists, most_pairs, TILE: tl.constexpr, SUM_TILE: tl.constexpr
+):  # fmt: skip
+    """Grid (cdiv(lists, TILE)).  From the number of pairs of each (batch, block), counts_ptr int32 [lists]:
+
+    offsets_ptr int32 [lists + 1] gets where each list of pairs begins, items_ptr int32 [items, 2] (list, first pair)
+    of every item of work, which is at most ``most_pairs`` pairs of one list, and item_count_ptr their number.
+    A program adds up what comes before its own lists by itself: they are few, and nobody has to wait.
+    """
+    base = tl.program_id(0) * TILE
+    pairs = tl.zeros([SUM_TILE], tl.int32)
+    items = tl.zeros([SUM_TILE], tl.int32)
+    for before in range(0, base, SUM_TILE):
+        number = before + tl.arange(0, SUM_TILE)
+        count = tl.load(counts_ptr + number, mask=number < base, other=0)
+        pairs += count
+        items += (count + most_pairs - 1) // most_pairs
+    first = tl.sum(pairs, axis=0)
+    number = base + tl.arange(0, TILE)
+    count = tl.load(counts_ptr + number, mask=number < lists, other=0)
+    first_pair = first + tl.cumsum(count, axis=0) - count
+    tl.store(offsets_ptr + number, first_pair, mask=number < lists)
+    parts = (count + most_pairs - 1) // most_pairs
+    item = tl.sum(items, axis=0) + tl.cumsum(parts, axis=0) - parts
+    for part in range(tl.max(parts, axis=0)):
+        tl.store(items_ptr + 2 * (item + part), number, mask=part < parts)
+        tl.store(items_ptr + 2 * (item + part) + 1, first_pair + part * most_pairs, mask=part < parts)
+    if base + TILE >= lists:
+        tl.store(offsets_ptr + lists, first + tl.sum(count, axis=0))
+        tl.store(item_count_ptr, tl.sum(items, axis=0) + tl.sum(parts, axis=0))
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_batch", "M", "block_topk", "lists"])
+def sort_pairs_kernel(
+    kept_ptr, kept_count_ptr, rank_ptr, offsets_ptr, pairs_ptr, counts_ptr,
+    rows, rows_per_batch, M, block_topk, lists, TILE: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(rows * block_topk, TILE)).  kept_ptr, rank_ptr int32 [rows, block_topk]: a row's kept blocks, and each
+    one's place among the pairs of that block, in any order; pairs_ptr int32 [rows * block_topk] gets the pairs.
+    counts_ptr int32 [lists] is set back to 0 for the next chunk.
+    """
+    for base in range(tl.program_id(0) * TILE, lists, tl.num_programs(0) * TILE):
+        number = base + tl.arange(0, TILE)
+        tl.store(counts_ptr + number, number * 0, mask=number < lists)
+    entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = (entry // block_topk).to(tl.int32)
+    slot = (entry % block_topk).to(tl.int32)
+    count = tl.load(kept_count_ptr + row, mask=row < rows, other=0)
+    listed = slot < count
+    block = tl.load(kept_ptr + entry, mask=listed, other=0)
+    place = tl.load(offsets_ptr + row // rows_per_batch * M + block, mask=listed, other=0)
+    place += tl.load(rank_ptr + entry, mask=listed, other=0)
+    tl.store(pairs_ptr + place, row * 65536 + slot, mask=listed)

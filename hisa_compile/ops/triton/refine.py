@@ -1,0 +1,201 @@
+"""The refinement stage: scores of candidate tokens, by block or by row.
+
+By block (many rows, blocks of at least 64 tokens): the keys of a block stay where they are and the queries that kept it
+go past them.  By row (few rows, as in decoding, small blocks, float32): a row's candidates are gathered past its query.
+Both give the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .keys import HIDDEN_BITS, score_bits
+from .operands import load_factor
+from .score import head_sum, is_any_negative, load_query, load_vectors, load_weights, multiply, score_tile
+from .visible import group_touches, row_coordinates, row_segment, row_window, visible_tokens
+
+
+@triton.jit(
+    do_not_specialize=["first_row", "rows_per_batch", "group_rows", "S", "T", "M"],
+    do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr"],
+)
+def refine_by_block_kernel(
+    q_ptr, q_sb, q_ss, q_sh, q_sd,
+    k_ptr, k_sb, k_st, k_sd,
+    w_ptr, w_sr,
+    scale_ptr, scale_sb, scale_st,
+    k_weight_ptr, k_weight_sb, k_weight_st,
+    start_ptr, start_sb, start_ss,
+    end_ptr, end_sb, end_ss,
+    valid_ptr, valid_sb, valid_st,
+    mask_ptr, mask_sb, mask_ss, mask_st,
+    q_segment_ptr, q_segment_sb, q_segment_ss,
+    k_segment_ptr, k_segment_sb, k_segment_st,
+    items_ptr, item_count_ptr, offsets_ptr, pairs_ptr, token_scores_ptr,
+    first_row, rows_per_batch, group_rows, S, T, pitch, M,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, MOST_ROWS: tl.constexpr,
+    STAGES: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Scores of candidates for rows of one chunk; D <= TILE_D, and TILE divides BLOCK_SIZE.
+
+    With lists of pairs (see :mod:`.group`), grid (items * BLOCK_SIZE / TILE): an item's queries are the ``group_rows``
+    pairs from its first one on, as far as its list goes.  token_scores_ptr int32 [rows, pitch]: column j is token
+    j % BLOCK_SIZE of the row's kept block j // BLOCK_SIZE.
+
+    Without (items_ptr is None, every block kept), grid (batches * tiles of TILE tokens * groups of ``group_rows``
+    rows): column j is token j, and tokens outside a row's window may not be written.
+
+    Everywhere HIDDEN_BITS where the token is not visible.
+    """
+    if items_ptr is not None:
+        PARTS: tl.constexpr = BLOCK_SIZE // TILE
+        item = tl.program_id(0) // PARTS
+        inside = tl.program_id(0) % PARTS * TILE
+        work = item < tl.load(item_count_ptr)
+        number = tl.load(items_ptr + 2 * item, mask=work, other=0)
+        first = tl.load(items_ptr + 2 * item + 1, mask=work, other=0)
+        last = tl.minimum(first + group_rows, tl.load(offsets_ptr + number + 1, mask=work, other=0))
+        batch_here = number // M
+        first_token = (number % M).to(tl.int64) * BLOCK_SIZE + inside
+        batch = (first_row // S + batch_here).to(tl.int64)
+        first_query = (first_row % S).to(tl.int64)
+    else:
+        groups = tl.cdiv(rows_per_batch, group_rows)
+        tiles = tl.cdiv(T, TILE)
+        group = tl.program_id(0) % groups
+        batch_here = tl.program_id(0) // groups // tiles
+        first_token = (tl.program_id(0) // groups % tiles).to(tl.int64) * TILE
+        inside = 0
+        first = group * group_rows
+        last = tl.minimum(first + group_rows, rows_per_batch)
+        batch = (first_row // S + batch_here).to(tl.int64)
+        first_query = (first_row % S).to(tl.int64)
+        work = group_touches(
+            first_token, first_token + TILE, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss,
+            batch, first_query + first, last - first, T, MOST_ROWS,
+        )  # fmt: skip
+
+    if work:
+        q_ptr += batch * q_sb
+        if valid_ptr is not None:
+            valid_ptr += batch * valid_sb
+        if mask_ptr is not None:
+            mask_ptr += batch * mask_sb
+        if k_segment_ptr is not None:
+            k_segment_ptr += batch * k_segment_sb
+        position = tl.arange(0, TILE)
+        token = first_token + position
+        exists = token < T
+        scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, exists)
+        factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, exists)
+        any_negative = is_any_negative(scale)
+        keys = load_vectors(k_ptr + batch * k_sb + token * k_st, k_sd, exists, 0, D, TILE_D, FP8)
+
+        look: tl.constexpr = valid_ptr is not None or mask_ptr is not None or k_segment_ptr is not None
+        # A pair is loaded an iteration early, so that the address of its query is known when the query is fetched.
+        pair = first
+        if items_ptr is not None:
+            pair = tl.load(pairs_ptr + first)
+        for i in tl.range(first, last, num_stages=STAGES):
+            if items_ptr is not None:
+                row = pair >> 16
+                column = (pair & 65535) * BLOCK_SIZE + inside
+                pair = tl.load(pairs_ptr + i + 1, mask=i + 1 < last, other=0)
+                query_index = first_query + (row - batch_here * rows_per_batch)
+            else:
+                row = batch_here * rows_per_batch + i
+                column = first_token
+                query_index = first_query + i
+            query = load_query(q_ptr + query_index * q_ss, q_sh, q_sd, 0, H, D, PADDED_H, TILE_D, FP8)
+            weights = load_weights(w_ptr + row.to(tl.int64) * w_sr, H, PADDED_H)
+            start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
+            segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query_index)
+            row_mask_ptr = mask_ptr
+            if mask_ptr is not None:
+                row_mask_ptr += query_index * mask_ss
+            products = multiply(keys, query, tl.zeros([TILE, PADDED_H], tl.float32), WIDEN)
+            scores = head_sum(products, weights, scale, any_negative, factor, H)
+            bits = score_bits(scores, None)
+            # Nearly every tile is seen whole where only windows say what is seen.
+            if look or (start > first_token) | (end < first_token + TILE):
+                visible = visible_tokens(
+                    token, start, end, valid_ptr, valid_st, row_mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
+                )
+                bits = tl.where(visible, bits, HIDDEN_BITS)
+            # Every column of a kept block is read later, also those past the last token.
+            written = exists if items_ptr is None else position >= 0
+            tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column + position, bits, mask=written)
+
+
+@triton.jit(
+    do_not_specialize=["first_row", "groups", "group_columns", "S", "T", "block_topk"],
+    do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr"],
+)
+def refine_by_row_kernel(
+    q_ptr, q_sb, q_ss, q_sh, q_sd,
+    k_ptr, k_sb, k_st, k_sd,
+    w_ptr, w_sr,
+    scale_ptr, scale_sb, scale_st,
+    k_weight_ptr, k_weight_sb, k_weight_st,
+    start_ptr, start_sb, start_ss,
+    end_ptr, end_sb, end_ss,
+    valid_ptr, valid_sb, valid_st,
+    mask_ptr, mask_sb, mask_ss, mask_st,
+    q_segment_ptr, q_segment_sb, q_segment_ss,
+    k_segment_ptr, k_segment_sb, k_segment_st,
+    kept_ptr, kept_count_ptr, token_scores_ptr,
+    first_row, groups, group_columns, S, T, pitch, block_topk,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    FP8: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Scores of a row's candidates, grid (rows * groups), one program for ``group_columns`` columns.
+
+    Columns are those of :func:`refine_by_block_kernel`: kept_ptr int32 [rows, block_topk] lists the kept blocks, and
+    where it is None every block is kept.  Columns past the row's last candidate, and outside its window, may not be
+    written.
+    """
+    row = tl.program_id(0) // groups
+    group = tl.program_id(0) % groups
+    _, batch, query_index = row_coordinates(first_row, row, S)
+    start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
+    if kept_ptr is not None:
+        low = group * group_columns
+        high = tl.load(kept_count_ptr + row) * BLOCK_SIZE
+    else:
+        low = tl.maximum(group * group_columns, start.to(tl.int32) // TILE * TILE)
+        high = end.to(tl.int32)
+    high = tl.minimum(high, (group + 1) * group_columns)
+    if low < high:
+        q_ptr += batch * q_sb + query_index * q_ss
+        k_ptr += batch * k_sb
+        if valid_ptr is not None:
+            valid_ptr += batch * valid_sb
+        if mask_ptr is not None:
+            mask_ptr += batch * mask_sb + query_index * mask_ss
+        segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query_index)
+        if k_segment_ptr is not None:
+            k_segment_ptr += batch * k_segment_sb
+        query = load_query(q_ptr, q_sh, q_sd, 0, H, D, PADDED_H, TILE_D, FP8)
+        weights = load_weights(w_ptr + row.to(tl.int64) * w_sr, H, PADDED_H)
+        for base in tl.range(low, high, TILE, num_stages=STAGES):
+            column = base + tl.arange(0, TILE)
+            token = column.to(tl.int64)
+            if kept_ptr is not None:
+                slot = row.to(tl.int64) * block_topk + column // BLOCK_SIZE
+                block = tl.load(kept_ptr + slot, mask=column < high, other=0)
+                token = block.to(tl.int64) * BLOCK_SIZE + column % BLOCK_SIZE
+            visible = visible_tokens(
+                token, start, end, valid_ptr, valid_st, mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
+            )
+            visible = visible & (column < high)
+            scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, visible)
+            factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, visible)
+            scores = score_tile(
+                query, weights, q_ptr, q_sh, q_sd, k_ptr + token * k_st, k_sd, scale, factor, visible,
+                H, D, PADDED_H, TILE_D, FP8, FP8, WIDEN,
+            )  # fmt: skip
+            bits = score_bits(scores, visible)
+            tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column, bits, mask=column < high)
