@@ -15,6 +15,8 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
+from hisa_compile.ops.reference import pooled_dtype
+
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, FLOAT8)
 LAYOUTS = ("contiguous", "transposed", "strided", "unaligned")
@@ -88,6 +90,16 @@ def make_values(
         q, k, weights = (integers(generator, -3, 3, *size).float() for size in sizes)
         k *= KEY_UNIT[dtype]
     return q.to(dtype), k.to(dtype), weights.to(weight_dtype)
+
+
+def with_means(call: Call, seed: int, layout: str = "contiguous") -> Call:
+    """The call with block means that are not its keys': small integers, some NaN; every dtype holds them."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, tokens, dim = call.k.shape
+    blocks = -(-tokens // call.options["block_size"])
+    means = integers(generator, -3, 3, batch, blocks, dim).float()
+    means[integers(generator, 0, 15, batch, blocks) == 0] = float("nan")
+    return call.with_options(k_pooled=relayout(means.to(pooled_dtype(call.k.dtype)), layout))
 
 
 SEGMENTS = ("packed", "unsorted", "wide", "one", "unmatched")

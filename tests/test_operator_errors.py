@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from hisa_compile import indexer_topk
+from hisa_compile import indexer_topk, pool_keys
 from hisa_compile.ops import reference, resolve_budget
 
 B, S, T, H, D = 2, 3, 40, 2, 8
@@ -30,7 +31,7 @@ def true(*shape: int) -> Tensor:
     return torch.ones(shape, dtype=torch.bool)
 
 
-half, wide, signed = torch.float16, torch.float64, torch.int64
+half, wide, signed, float8 = torch.float16, torch.float64, torch.int64, torch.float8_e4m3fn
 WRONG_TENSORS: dict[str, tuple[type[Exception], dict[str, Any], tuple[str, ...]]] = {
     "q of 3 dims": (ValueError, {"q": torch.zeros(B, S, D)}, ("q:", "[2, 3, 8]", "[B, S, H, D]")),
     "k of 4 dims": (ValueError, {"k": torch.zeros(B, T, H, D)}, ("k:", "[2, 40, 2, 8]", "[B, T, D]")),
@@ -90,6 +91,59 @@ WRONG_TENSORS: dict[str, tuple[type[Exception], dict[str, Any], tuple[str, ...]]
         {"q_segment": int32(S), "k_segment": int32(1, T)},
         ("k_segment:", "[1, 40]", "[2, 40]"),
     ),
+    "k_pooled of float16": (
+        TypeError,
+        {"k_pooled": torch.zeros(B, T // 4, D, dtype=half)},
+        ("k_pooled:", "float16", "expected torch.float32"),
+    ),
+    "k_pooled of float64": (
+        TypeError,
+        {"k_pooled": torch.zeros(B, T // 4, D, dtype=wide)},
+        ("k_pooled:", "float64", "expected torch.float32"),
+    ),
+    "k_pooled of a block less": (
+        ValueError,
+        {"k_pooled": torch.zeros(B, 9, D)},
+        ("k_pooled:", "[2, 9, 8]", "[B, ceil(T / 4), D] = [2, 10, 8]"),
+    ),
+    "k_pooled of a block more": (ValueError, {"k_pooled": torch.zeros(B, 11, D)}, ("[2, 11, 8]", "[2, 10, 8]")),
+    "k_pooled without the ragged block": (
+        ValueError,
+        {"k_pooled": torch.zeros(B, 13, D), "block_size": 3, "block_topk": 3},
+        ("k_pooled:", "[2, 13, 8]", "[B, ceil(T / 3), D] = [2, 14, 8]"),
+    ),
+    "k_pooled of another budget than the derived": (
+        ValueError,
+        {"k_pooled": torch.zeros(B, 10, D), "block_size": None, "block_topk": None},
+        ("k_pooled:", "[2, 10, 8]", "[B, ceil(T / 16), D] = [2, 3, 8]"),
+    ),
+    "k_pooled that is not read": (
+        ValueError,
+        {"k_pooled": torch.zeros(B, 11, D), "block_topk": 10},
+        ("k_pooled:", "[2, 11, 8]", "[2, 10, 8]"),
+    ),
+    "k_pooled of no query": (
+        ValueError,
+        {
+            "q": torch.zeros(B, 0, H, D),
+            "weights": torch.zeros(B, 0, H),
+            "k_pooled": torch.zeros(B, 9, D),
+        },
+        ("k_pooled:", "[2, 9, 8]", "[2, 10, 8]"),
+    ),
+    "k_pooled of another dim": (ValueError, {"k_pooled": torch.zeros(B, 10, 1)}, ("k_pooled:", "[2, 10, 1]", "10, 8]")),
+    "k_pooled to broadcast": (ValueError, {"k_pooled": torch.zeros(1, 10, D)}, ("k_pooled:", "[1, 10, 8]", "[2, 10")),
+    "k_pooled without batch": (ValueError, {"k_pooled": torch.zeros(10, D)}, ("k_pooled:", "[10, 8]", "[2, 10, 8]")),
+    "k_pooled of 4 dims": (ValueError, {"k_pooled": torch.zeros(B, 10, 1, D)}, ("[2, 10, 1, 8]", "[2, 10, 8]")),
+    "k_pooled of float8 for float8": (
+        TypeError,
+        {
+            "q": torch.zeros(B, S, H, D).to(float8),
+            "k": torch.zeros(B, T, D).to(float8),
+            "k_pooled": torch.zeros(B, 10, D).to(float8),
+        },
+        ("k_pooled:", "float8_e4m3fn", "expected torch.bfloat16"),
+    ),
     "k_scale of 3 dims": (ValueError, {"k_scale": torch.ones(B, T, 1)}, ("k_scale:", "[2, 40, 1]", "[2, 40]")),
 }
 WRONG_BUDGETS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -117,12 +171,12 @@ def test_a_wrong_tensor_is_named_with_what_was_needed(
     assert_says(error, parts)
 
 
-def run(call: dict[str, Any], where: str) -> None:
+def run(call: dict[str, Any], where: str, function: Callable[..., Any] = indexer_topk) -> None:
     if where == "fake":
         with FakeTensorMode() as mode:
-            indexer_topk(**tree_map_only(Tensor, mode.from_tensor, call))
+            function(**tree_map_only(Tensor, mode.from_tensor, call))
     else:
-        indexer_topk(**tree_map_only(Tensor, lambda x: x.to("meta"), call) if where == "meta" else call)
+        function(**tree_map_only(Tensor, lambda x: x.to("meta"), call) if where == "meta" else call)
 
 
 @pytest.mark.parametrize("where", ["eager", "meta", "fake"])
@@ -136,15 +190,59 @@ def test_an_impossible_budget_is_named_with_what_was_needed(
     assert_says(error, parts)
 
 
+WRONG_POOLS: dict[str, tuple[type[Exception], dict[str, Any], tuple[str, ...]]] = {
+    "k of 2 dims": (ValueError, {"k": torch.zeros(T, D)}, ("k:", "[40, 8]", "[B, T, D]")),
+    "k of 4 dims": (ValueError, {"k": torch.zeros(B, T, H, D)}, ("k:", "[2, 40, 2, 8]", "[B, T, D]")),
+    "k of float64": (TypeError, {"k": torch.zeros(B, T, D, dtype=wide)}, ("k:", "float64", "float8_e4m3fn")),
+    "k of integers": (TypeError, {"k": torch.zeros(B, T, D, dtype=signed)}, ("k:", "int64", "float32")),
+    "block_size 0": (ValueError, {"block_size": 0}, ("block_size:", "0", ">= 1")),
+    "block_size -3": (ValueError, {"block_size": -3}, ("block_size:", "-3", ">= 1")),
+    "key_valid of integers": (TypeError, {"key_valid": int32(B, T)}, ("key_valid:", "int32", "bool")),
+    "key_valid to broadcast": (ValueError, {"key_valid": true(1, T)}, ("key_valid:", "[1, 40]", "[2, 40]")),
+    "k_scale of float16": (TypeError, {"k_scale": torch.ones(B, T, dtype=half)}, ("k_scale:", "float16", "float32")),
+    "k_scale of 3 dims": (ValueError, {"k_scale": torch.ones(B, T, 1)}, ("k_scale:", "[2, 40, 1]", "[2, 40]")),
+    "k_weight of float64": (TypeError, {"k_weight": torch.ones(B, T, dtype=wide)}, ("k_weight:", "float64", "float32")),
+    "k_weight too short": (ValueError, {"k_weight": torch.ones(B, T - 1)}, ("k_weight:", "[2, 39]", "[2, 40]")),
+}
+
+
+@pytest.mark.parametrize("where", ["eager", "meta", "fake"])
+@pytest.mark.parametrize(("expected", "changes", "parts"), WRONG_POOLS.values(), ids=WRONG_POOLS.keys())
+def test_what_pool_keys_cannot_take_is_named_with_what_was_needed(
+    expected: type[Exception], changes: dict[str, Any], parts: tuple[str, ...], where: str
+) -> None:
+    """The same words as the selection's."""
+    call: dict[str, Any] = {"k": torch.zeros(B, T, D), "block_size": 4} | changes
+    with pytest.raises(expected) as error:
+        run(call, where, pool_keys)
+    assert_says(error, parts)
+
+
+@pytest.mark.parametrize("name", ["key_valid", "k_scale", "k_weight"])
+def test_what_is_not_where_the_pooled_keys_are_is_named(name: str) -> None:
+    """Here k is what the others are compared with."""
+    call = {"key_valid": true(B, T), "k_scale": torch.ones(B, T), "k_weight": torch.ones(B, T)}
+    call[name] = call[name].to("meta")
+    with pytest.raises(ValueError, match=rf"{name}: got device meta, expected k's device cpu"):
+        pool_keys(torch.zeros(B, T, D), 4, **call)
+
+
+def test_more_tokens_than_int32_holds_are_not_pooled() -> None:
+    """No selection could use the means."""
+    with pytest.raises(ValueError, match=r"k: got 2147483648 tokens, expected at most 2147483647"):
+        pool_keys(torch.empty(B, 2**31, D, device="meta"), 4)
+
+
 OTHER_TENSORS = ("window_start", "window_end", "key_valid", "mask", "k_scale", "q_segment", "k_segment", "k_weight")
 
 
-@pytest.mark.parametrize("name", ["k", "weights", *OTHER_TENSORS])
+@pytest.mark.parametrize("name", ["k", "weights", *OTHER_TENSORS, "k_pooled"])
 def test_an_argument_on_another_device_is_named(name: str) -> None:
     """Everything lives where q lives; here the meta device stands for another one."""
     optional = {"window_start": int32(S), "window_end": int32(S), "key_valid": true(B, T), "mask": true(T)}
     segments = {"q_segment": int32(S), "k_segment": int32(B, T)}
-    call = arguments(**optional, **segments, k_scale=torch.ones(B, T), k_weight=torch.ones(B, T))
+    factors = {"k_scale": torch.ones(B, T), "k_weight": torch.ones(B, T), "k_pooled": torch.zeros(B, T // 4, D)}
+    call = arguments(**optional, **segments, **factors)
     call[name] = call[name].to("meta")
     with pytest.raises(ValueError, match=rf"{name}: got device meta, expected q's device cpu"):
         indexer_topk(**call)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import Call, calls, make_values
+from strategies import Call, calls, make_values, with_means
 
 from hisa_compile.ops import reference
 
@@ -56,7 +57,10 @@ def select_for_one_query(call: Call, batch: int, query: int) -> tuple[list[int],
     means = {}
     for b in eligible:
         held = [[abs(factors[t]) * x for x in keys[t]] for t in blocks[b] if valid[t]]
-        means[b] = score(heads, weights, [sum(column) / len(held) for column in zip(*held, strict=True)])
+        mean = [sum(column) / len(held) for column in zip(*held, strict=True)]
+        if "k_pooled" in options:
+            mean = options["k_pooled"][batch, b].double().tolist()
+        means[b] = score(heads, weights, mean)
     ends = {eligible[0], eligible[-1]} if eligible else set()
     inner = by_score({b: s for b, s in means.items() if b not in ends})
     kept = ends | set(inner[: options["block_topk"] - len(ends)])
@@ -86,6 +90,24 @@ def assert_same_selection(call: Call) -> None:
 def test_the_reference_is_the_contract_written_out_for_each_query(call: Call) -> None:
     """Budget, visibility, fills, ties, NaN, inf, order and marks: equal to a loop that knows no tensors."""
     assert_same_selection(call)
+
+
+@settings(max_examples=150, deadline=None)
+@given(calls(max_tokens=40, max_queries=3, max_dim=3), st.integers(0, 2**32))
+def test_given_means_take_the_place_of_the_keys_own(call: Call, seed: int) -> None:
+    """Means that have nothing to do with the keys, NaN among them: the loop keeps blocks by them too."""
+    assert_same_selection(with_means(call, seed))
+
+
+def test_float64_means_are_compared_in_float64() -> None:
+    """Blocks whose given means differ by one part in 2^40 are told apart."""
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    k = torch.arange(10, dtype=torch.float64).view(1, 10, 1)
+    assert reference.block_means(k, 2).dtype == reference.pooled_dtype(torch.float64) == torch.float64
+    for best in (1, 2, 3):
+        means = 1 + 2.0**-40 * (torch.arange(5) == best).double().view(1, 5, 1)
+        indices, _ = reference.indexer_topk(one, k, one[0], 6, block_size=2, block_topk=3, k_pooled=means)
+        assert indices.tolist() == [[[9, 8, 2 * best + 1, 2 * best, 1, 0]]]
 
 
 def test_the_reference_computes_float64_in_float64() -> None:

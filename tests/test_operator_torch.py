@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from hisa_compile import indexer_topk
+from hisa_compile.ops.reference import pooled_dtype
 
 OPERATOR = torch.ops.hisa.indexer_topk.default
 
@@ -31,7 +32,7 @@ def sample(
     return Call(q, k, weights, topk, {"block_size": 4, "block_topk": 4} | options)
 
 
-def every_option() -> dict[str, Any]:
+def every_option(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     return {
         "window_start": torch.tensor([[2], [7]]).int(),
@@ -44,6 +45,7 @@ def every_option() -> dict[str, Any]:
         "q_segment": torch.tensor([[0], [1]]),
         "k_segment": torch.randint(0, 2, (2, 40), generator=generator),
         "k_weight": torch.randn(2, 40, generator=generator),
+        "k_pooled": torch.randn(2, 10, 8, generator=generator).to(pooled_dtype(dtype)),
     }
 
 
@@ -51,10 +53,13 @@ SAMPLES = {
     **{f"{dtype}": sample(dtype) for dtype in DTYPES},
     **{f"layout {layout}": sample(layout=layout) for layout in LAYOUTS[1:]},
     "every option": sample(**every_option()),
-    "float8 with every option": sample(FLOAT8, layout="strided", **every_option()),
+    "float8 with every option": sample(FLOAT8, layout="strided", **every_option(FLOAT8)),
     "segments": sample(q_segment=torch.arange(3).int(), k_segment=torch.arange(80).view(2, 40).int() % 3),
     "expanded segments": sample(q_segment=torch.tensor(4), k_segment=torch.arange(40)[None].expand(2, 40) // 9),
     "weighted keys": sample(k_weight=torch.arange(-40.0, 40.0).view(2, 40)),
+    "given means": sample(k_pooled=torch.arange(160.0).view(2, 8, 10).mT),
+    "given means of no token": sample(shape=(2, 3, 0, 2, 8), k_pooled=torch.zeros(2, 0, 8)),
+    "given means that are not read": sample(shape=(2, 3, 16, 2, 8), k_pooled=torch.zeros(2, 4, 8)),
     "no token in segments": sample(
         shape=(2, 3, 0, 2, 8), q_segment=torch.arange(3), k_segment=torch.zeros(2, 0).long(), k_weight=torch.zeros(2, 0)
     ),
@@ -72,7 +77,7 @@ def test_positions_of_arguments_stay() -> None:
     """Graphs made by earlier versions pass them by position; what came later comes last."""
     names = [argument.name for argument in OPERATOR._schema.arguments]
     first = "q k weights topk block_size block_topk window_start window_end key_valid mask k_scale sorted mark_hidden"
-    assert names == [*first.split(), "q_segment", "k_segment", "k_weight"]
+    assert names == [*first.split(), "q_segment", "k_segment", "k_weight", "k_pooled"]
 
 
 @cases

@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from hisa_compile.ops import Budget, Visibility  # noqa: E402
 from hisa_compile.ops.triton import launch  # noqa: E402
@@ -70,6 +71,7 @@ def record(
     if dtype == torch.float8_e4m3fn:
         bits = arch in ("sm_80", "gfx942")
         monkeypatch.setattr(launch, "fp8_mode", lambda q: int(FP8_BITS if bits else FP8_NATIVE))
+    monkeypatch.setattr(launch, "is_hopper", lambda q: arch == "sm_90")
     q = torch.zeros(1, queries, heads, dim).to(dtype)
     k = torch.zeros(1, tokens, dim).to(dtype)
     window = torch.zeros(1, 1, dtype=torch.int32)
@@ -111,7 +113,8 @@ def compile_launch(recorded: Recorded, arch: str) -> Any:
             divisible = value % 16 == 0
         if specialised and divisible and not parameter.do_not_specialize_on_alignment:
             hints[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
     options = {"num_warps": how.num_warps, "num_stages": how.stages}
     if how.maxnreg is not None and not arch.startswith("gfx"):
         options["maxnreg"] = how.maxnreg
@@ -151,7 +154,7 @@ def test_every_kernel_compiles_with_all_optional_tensors_and_awkward_sizes(
     check(odd, "sm_90")
 
 
-LOADS = {"pool_kernel", "coarse_kernel", "refine_by_row_kernel", "refine_by_block_kernel", "fill_kernel"}
+LOADS = {"pool_kernel", "coarse_kernel", "refine_by_row_kernel", "refine_by_block_hopper_kernel", "fill_kernel"}
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -164,7 +167,7 @@ def test_segments_and_weights_without_a_mask_compile(monkeypatch: pytest.MonkeyP
         optional |= {"key_valid": torch.ones(1, 16384, dtype=torch.bool), "k_scale": torch.ones(1, 16384)}
     launches = record(monkeypatch, torch.bfloat16, arch, optional=optional)
     launches += record(monkeypatch, torch.bfloat16, arch, optional=optional, queries=1024)[-4:]
-    check([recorded for recorded in launches if recorded[0].__name__ in LOADS], arch)
+    check([recorded for recorded in launches if recorded[0].__name__ in LOADS | {"refine_by_block_kernel"}], arch)
 
 
 def test_tensors_that_are_not_given_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +176,8 @@ def test_tensors_that_are_not_given_are_not_loaded(monkeypatch: pytest.MonkeyPat
     def loads(**optional: Tensor) -> dict[str, int]:
         launches = record(monkeypatch, torch.bfloat16, "sm_90", optional=optional)
         launches += record(monkeypatch, torch.bfloat16, "sm_90", optional=optional, queries=1024)
-        code = {kernel.__name__: compile_launch((kernel, *rest), "sm_90").asm["ttir"] for kernel, *rest in launches}
+        compiled = {kernel.__name__: compile_launch((kernel, *rest), "sm_90").asm for kernel, *rest in launches}
+        code = {name: asm.get("ttir", asm["ttgir"]) for name, asm in compiled.items()}
         if not optional:
             assert not any("!tt.ptr<i64>" in ir for ir in code.values())
         return {name: ir.count("tt.load") for name, ir in code.items()}

@@ -683,6 +683,48 @@ def test_repeats_are_bitwise_equal() -> None:
 
 
 @gpu
+@pytest.mark.skipif(ON_GPU and torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90")
+@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "flat"])
+@pytest.mark.parametrize("everything", [True, False], ids=["everything", "windows"])
+@pytest.mark.parametrize(("heads", "dim", "block_size"), [(64, 128, 128), (24, 80, 64), (16, 32, 256), (128, 64, 128)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, FP8], ids=str)
+def test_hoppers_kernel_gives_the_same_bits(
+    dtype: torch.dtype, heads: int, dim: int, block_size: int, everything: bool, pruned: bool
+) -> None:
+    """The refinement for sm_90 against the one for every GPU, negative scales, NaN and ragged ends included."""
+    batch, queries, tokens = 2, 40, 2500
+    case = gaussian_case(
+        batch, queries, tokens, heads, dim, dtype, topk=300, block_size=block_size, block_topk=8 if pruned else 50
+    )
+    case["k"].view(torch.uint8 if dtype == FP8 else dtype)[1, 1234, 3] = 127 if dtype == FP8 else math.nan
+    case["window_end"] = torch.randint(0, tokens + 50, (batch, queries), device=DEVICE).int()
+    case["k_scale"] = torch.randn(batch, tokens, device=DEVICE)
+    if everything:
+        case["window_start"] = torch.randint(-5, 900, (batch, queries), device=DEVICE).int()
+        case["key_valid"] = random_bool((batch, tokens), 0.9)
+        case["mask"] = random_bool((batch, queries, tokens), 0.9, seed=1)
+        case["k_weight"] = torch.randn(batch, tokens, device=DEVICE)
+        case |= random_segments("runs", torch.int64, (batch, queries), batch, tokens, seed=2)
+    used: list[Any] = []
+    original = launch.launch
+
+    def note(kernel: Any, programs: int, options: launch.Launch, **arguments: Any) -> None:
+        used.append(kernel)
+        original(kernel, programs, options, **arguments)
+
+    with mock.patch.object(launch, "FEW_PAIRS", 0), mock.patch.object(launch, "launch", note):
+        got = run(case)
+        assert launch.refine_by_block_hopper_kernel in used
+        with mock.patch.object(launch, "is_hopper", return_value=False):
+            used.clear()
+            expected = run(case)
+            assert launch.refine_by_block_kernel in used
+    assert_equal(got, expected)
+    with mock.patch.object(launch, "FEW_ROWS", 10**6):
+        assert_equal(run(case), expected)
+
+
+@gpu
 def test_captured_in_a_cuda_graph_and_replayed_on_other_inputs() -> None:
     """No launch depends on the values of the inputs, and nothing waits for the device."""
     case, other = (real_case(torch.bfloat16, queries=64, tokens=16384) for _ in range(2))

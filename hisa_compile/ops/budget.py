@@ -31,6 +31,12 @@ class Budget(NamedTuple):
         return self.block_size * self.block_topk
 
 
+def check_block_size(block_size: int) -> None:
+    """Raise a ValueError unless there is a token in a block."""
+    if block_size < 1:
+        raise ValueError(f"block_size: got {block_size}, expected an integer >= 1")
+
+
 def resolve_budget(topk: int, block_size: int | None = None, block_topk: int | None = None) -> Budget:
     """The budget for ``topk`` selected tokens, with whatever was not given derived from it.
 
@@ -46,8 +52,8 @@ def resolve_budget(topk: int, block_size: int | None = None, block_topk: int | N
     """
     if topk < 0:
         raise ValueError(f"topk: got {topk}, expected an integer >= 0")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size: got {block_size}, expected an integer >= 1")
+    if block_size is not None:
+        check_block_size(block_size)
     if block_topk is not None and block_topk < SMALLEST_BLOCK_TOPK:
         raise ValueError(
             f"block_topk: got {block_topk}, expected an integer >= {SMALLEST_BLOCK_TOPK} "

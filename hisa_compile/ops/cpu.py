@@ -219,17 +219,17 @@ def _unique_rank(rank: Tensor, positions: Tensor) -> Tensor:
     return (rank.long() << 32) | (_LOW_BITS - positions)
 
 
-def _block_means(
+def pool_keys_cpu(
     k: Tensor, block_size: int, key_valid: Tensor | None, k_scale: Tensor | None, k_weight: Tensor | None
 ) -> Tensor:
-    """``reference.block_means`` with a float32 copy of a few blocks at a time only."""
+    """``hisa::pool_keys``: ``reference.block_means`` with a float32 copy of a few blocks at a time only."""
     batch, tokens, dim = k.shape
     blocks = -(-tokens // block_size)
     means = k.new_empty((batch, blocks, dim), dtype=pooled_dtype(k.dtype))
     step = max(1, TILE_ELEMENTS // max(block_size * dim, 1))
     valid = k.new_ones((1, tokens), dtype=torch.bool) if key_valid is None else key_valid
     padded = torch.nn.functional.pad(valid, (0, blocks * block_size - tokens))
-    counts = padded.view(-1, blocks, block_size).sum(-1).clamp_min_(1).expand(batch, blocks)
+    counts = padded.view(valid.shape[0], blocks, block_size).sum(-1).clamp_min_(1).expand(batch, blocks)
     for entry in range(batch):
         for block in range(0, blocks, step):
             size = min(step, blocks - block)
@@ -315,6 +315,7 @@ def indexer_topk_cpu(
     k_weight: Tensor | None,
     sorted: bool,
     mark_hidden: bool,
+    k_pooled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``hisa::indexer_topk`` for CPU tensors that passed the argument checks; see the public function.
 
@@ -331,7 +332,9 @@ def indexer_topk_cpu(
     means = bounds = None
     columns = tokens
     if blocks > budget.block_topk:
-        means = _block_means(k, budget.block_size, visibility.key_valid, k_scale, k_weight)
+        means = k_pooled
+        if means is None:
+            means = pool_keys_cpu(k, budget.block_size, visibility.key_valid, k_scale, k_weight)
         if visibility.k_segment is not None and visibility.mask is None:
             bounds = segment_bounds(visibility.k_segment, budget.block_size, visibility.key_valid)
         # A token's visibility is a byte or two, a small part of what a candidate takes.

@@ -151,13 +151,14 @@ def indexer_topk(
     q_segment: Tensor | None = None,
     k_segment: Tensor | None = None,
     k_weight: Tensor | None = None,
+    k_pooled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """HISA's selection.  Arguments, results and errors as the public ``hisa_compile.indexer_topk``."""
     budget = resolve_budget(topk, block_size, block_topk)
     visibility = Visibility(window_start, window_end, key_valid, mask, q_segment, k_segment)
     visible = visible_tokens(q, k, **visibility._asdict())
     tokens = k.shape[1]
-    means = block_means(k, budget.block_size, key_valid, k_scale, k_weight)
+    means = block_means(k, budget.block_size, key_valid, k_scale, k_weight) if k_pooled is None else k_pooled
     padding = means.shape[1] * budget.block_size - tokens
     in_blocks = torch.nn.functional.pad(visible, (0, padding)).unflatten(-1, (means.shape[1], budget.block_size))
     kept = kept_blocks(indexer_scores(q, means, weights), in_blocks.any(-1), budget.block_topk)

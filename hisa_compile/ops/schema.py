@@ -1,4 +1,4 @@
-"""The operator ``hisa::indexer_topk``: schema, meta function, gradient and dispatch by device.
+"""The operators ``hisa::indexer_topk`` and ``hisa::pool_keys``: schema, meta function, gradient, dispatch by device.
 
 This is the only place that chooses an implementation: CPU tensors run :mod:`.cpu`, CUDA tensors (NVIDIA or
 AMD) the Triton kernels of :mod:`.triton`.  There is no fall-back from one to the other.
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .budget import resolve_budget
-from .validate import check_arguments
+from .budget import check_block_size, resolve_budget
+from .reference import pooled_dtype
+from .validate import check_arguments, check_pool_arguments, check_pooled
 from .visibility import Visibility
 
 OP_NAME = "hisa::indexer_topk"
+POOL_NAME = "hisa::pool_keys"
 
 _library = torch.library.Library("hisa", "DEF")
 # Tensors that are keyword-only in the schema can't have an autograd formula; the public function below is
@@ -26,8 +28,14 @@ _library.define(
     "Tensor? window_start=None, Tensor? window_end=None, Tensor? key_valid=None, Tensor? mask=None, "
     "Tensor? k_scale=None, bool sorted=True, bool mark_hidden=False, "
     # Later arguments come last, so that the positions in graphs made before them stay right.
-    "Tensor? q_segment=None, Tensor? k_segment=None, Tensor? k_weight=None) -> (Tensor indices, Tensor scores)",
+    "Tensor? q_segment=None, Tensor? k_segment=None, Tensor? k_weight=None, Tensor? k_pooled=None) "
+    "-> (Tensor indices, Tensor scores)",
     # Any input layout is read in place, so Inductor need not copy to fixed strides.
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+_library.define(
+    "pool_keys(Tensor k, int block_size, Tensor? key_valid=None, Tensor? k_scale=None, Tensor? k_weight=None) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
@@ -49,18 +57,25 @@ def _run(
     q_segment: Tensor | None = None,
     k_segment: Tensor | None = None,
     k_weight: Tensor | None = None,
+    k_pooled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     visibility = Visibility(window_start, window_end, key_valid, mask, q_segment, k_segment)
     check_arguments(q, k, weights, k_scale=k_scale, k_weight=k_weight, **visibility._asdict())
     budget = resolve_budget(topk, block_size, block_topk)
+    if k_pooled is not None:
+        check_pooled(k_pooled, k, budget.block_size)
     # Imported at the first call: neither Triton nor the CPU path is needed to trace or to rewrite a graph.
     if q.device.type == "cpu":
         from .cpu import indexer_topk_cpu
 
-        return indexer_topk_cpu(q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden)
+        return indexer_topk_cpu(
+            q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden, k_pooled
+        )
     from .triton.launch import indexer_topk_triton
 
-    return indexer_topk_triton(q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden)
+    return indexer_topk_triton(
+        q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden, k_pooled
+    )
 
 
 @torch.library.register_fake(OP_NAME, lib=_library)
@@ -81,11 +96,14 @@ def _meta(
     q_segment: Tensor | None = None,
     k_segment: Tensor | None = None,
     k_weight: Tensor | None = None,
+    k_pooled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     visibility = Visibility(window_start, window_end, key_valid, mask, q_segment, k_segment)
     check_arguments(q, k, weights, k_scale=k_scale, k_weight=k_weight, **visibility._asdict())
     if isinstance(topk, int):
-        resolve_budget(topk, block_size, block_topk)
+        block_size = resolve_budget(topk, block_size, block_topk).block_size
+    if k_pooled is not None:
+        check_pooled(k_pooled, k, block_size)
     tokens = k.shape[1]
     # A plain number where it is known to be one, so that a rewritten graph's shapes stay as they were.
     width = topk if statically_known_true(topk <= tokens) else torch.sym_min(topk, tokens)
@@ -106,6 +124,51 @@ _library.impl("indexer_topk", _run, "CUDA")
 torch.library.register_autograd(OP_NAME, _no_gradient, lib=_library)
 
 
+def _run_pool(
+    k: Tensor,
+    block_size: int,
+    key_valid: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    k_weight: Tensor | None = None,
+) -> Tensor:
+    check_pool_arguments(k, key_valid=key_valid, k_scale=k_scale, k_weight=k_weight)
+    check_block_size(block_size)
+    if k.device.type == "cpu":
+        from .cpu import pool_keys_cpu
+
+        return pool_keys_cpu(k, block_size, key_valid, k_scale, k_weight)
+    from .triton.launch import pool_keys_triton
+
+    return pool_keys_triton(k, block_size, key_valid, k_scale, k_weight)
+
+
+@torch.library.register_fake(POOL_NAME, lib=_library)
+def _meta_pool(
+    k: Tensor,
+    block_size: int,
+    key_valid: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    k_weight: Tensor | None = None,
+) -> Tensor:
+    check_pool_arguments(k, key_valid=key_valid, k_scale=k_scale, k_weight=k_weight)
+    check_block_size(block_size)
+    batch, tokens, dim = k.shape
+    return k.new_empty((batch, -(-tokens // block_size), dim), dtype=pooled_dtype(k.dtype))
+
+
+def _no_gradient_of_means(ctx: Any, grad_means: Tensor | None) -> None:
+    raise NotImplementedError(
+        "hisa::pool_keys: a gradient was asked for through the means, which the operator does not provide.  "
+        "Detach them, or compute them with differentiable operations (pad the keys, divide each block's sum by the "
+        "number of its keys)."
+    )
+
+
+_library.impl("pool_keys", _run_pool, "CPU")
+_library.impl("pool_keys", _run_pool, "CUDA")
+torch.library.register_autograd(POOL_NAME, _no_gradient_of_means, lib=_library)
+
+
 def indexer_topk(
     q: Tensor,
     k: Tensor,
@@ -124,6 +187,7 @@ def indexer_topk(
     q_segment: Tensor | None = None,
     k_segment: Tensor | None = None,
     k_weight: Tensor | None = None,
+    k_pooled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Select the ``topk`` best tokens of each query by the hierarchical indexer (HISA, arXiv 2603.28458).
 
@@ -153,6 +217,11 @@ def indexer_topk(
             Token s is visible where k_segment[b,s] == q_segment[b,t]: packed sequences, chunks, any classes.  Ids
             may have any values in any order.
         k_weight: float32 [B, T] of any sign, multiplies the token's score (dequantisation after the ReLU).
+        k_pooled: [B, M, D], M = ceil(T / B) for the budget's B, the blocks' means as :func:`pool_keys` gives them, in
+            k's dtype, bfloat16 for float8.  Any strides.  Blocks are then ranked by these, and the keys are not
+            averaged, which reads all T of them.  Whether they are the keys' means is the caller's affair: others,
+            older ones say, change which blocks are kept and nothing else.  The mean of a block with no visible token
+            never matters.  Where T <= m * B all blocks are kept, and the means are checked but not read.
 
     Returns:
         ``indices`` int32 [B, S, k'] and ``scores`` float32 [B, S, k'], both contiguous.  The indices of a
@@ -184,5 +253,44 @@ def indexer_topk(
         q_segment=q_segment,
         k_segment=k_segment,
         k_weight=k_weight,
+        k_pooled=k_pooled,
     )
     return result
+
+
+def pool_keys(
+    k: Tensor,
+    block_size: int,
+    *,
+    key_valid: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    k_weight: Tensor | None = None,
+) -> Tensor:
+    """The mean of each block's keys, by which :func:`indexer_topk` ranks blocks (HISA, arXiv 2603.28458, step 1).
+
+    A cache that keeps these means beside its keys passes them to :func:`indexer_topk` as ``k_pooled``.  A new token
+    changes the mean of its own block only: pooling ``k[:, n * block_size :]`` gives the means of blocks n and later.
+
+    Args:
+        k: [B, T, D] float32, float16, bfloat16 or float8_e4m3fn.  Any strides.
+        block_size: tokens a block, at least 1.  For :func:`indexer_topk` that of its budget, see
+            :func:`resolve_budget`.
+        key_valid: bool [B, T].  Only valid keys count; what the others hold, NaN say, changes nothing.
+        k_scale: float32 [B, T], multiplies the key.
+        k_weight: float32 [B, T], its magnitude multiplies the key.
+
+    Returns:
+        [B, ceil(T / block_size), D], contiguous, in k's dtype, bfloat16 for float8: of each block the mean of
+        |k_weight| * k_scale * k over its valid keys, accumulated in float32 and rounded once; 0 for a block with none.
+        The last block may hold fewer than ``block_size`` tokens.  The means carry no gradient: asking for one is an
+        error.
+
+    Raises:
+        ValueError: a shape or device does not fit, or ``block_size`` is less than 1; the message names the
+            argument, what it got and expected.
+        TypeError: a dtype does not fit, likewise.
+    """
+    means: Tensor = torch.ops.hisa.pool_keys.default(
+        k, block_size, key_valid=key_valid, k_scale=k_scale, k_weight=k_weight
+    )
+    return means

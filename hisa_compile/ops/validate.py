@@ -1,4 +1,4 @@
-"""The operator's argument checks, one place for the eager call, the compiled call and the meta function.
+"""The operators' argument checks, one place for the eager call, the compiled call and the meta function.
 
 ``torch._check_value`` and ``torch._check_type`` raise ValueError and TypeError, and on symbolic sizes that
 are not known yet they become run-time checks of the compiled graph instead of errors or guards.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .reference import pooled_dtype
 
 KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,6 +47,60 @@ def _check_broadcasts(name: str, x: Tensor, dims: str, sizes: tuple[int | torch.
             torch._check_value(got == expected, message)
 
 
+def _check_length(tokens: int | torch.SymInt) -> None:
+    # Not for a symbolic length: it would become a bound that torch.export asks its user to declare.
+    if isinstance(tokens, int) and tokens > LARGEST_LENGTH:
+        raise ValueError(f"k: got {tokens} tokens, expected at most {LARGEST_LENGTH} (indices are int32)")
+
+
+def _check_by_token(k: Tensor, key_valid: Tensor | None, k_scale: Tensor | None, k_weight: Tensor | None) -> None:
+    rows = tuple(k.shape[:2])
+    if key_valid is not None:
+        _check_dtype("key_valid", key_valid, (torch.bool,))
+        _check_dims("key_valid", key_valid, "[B, T]", rows)
+    for name, factor in (("k_scale", k_scale), ("k_weight", k_weight)):
+        if factor is not None:
+            _check_dtype(name, factor, (torch.float32,))
+            _check_dims(name, factor, "[B, T]", rows)
+
+
+def _check_devices(given: dict[str, Tensor | None], owner: str, device: torch.device) -> None:
+    for name, x in given.items():
+        if x is not None:
+            torch._check_value(
+                x.device == device,
+                lambda name=name, x=x: f"{name}: got device {x.device}, expected {owner}'s device {device}",
+            )
+
+
+def check_pool_arguments(
+    k: Tensor, *, key_valid: Tensor | None, k_scale: Tensor | None, k_weight: Tensor | None
+) -> None:
+    """Check shapes, dtypes and devices of ``hisa::pool_keys``'s tensors; errors as :func:`check_arguments`."""
+    torch._check_value(k.dim() == 3, lambda: f"k: got shape {_shape(k)}, expected [B, T, D]")
+    _check_length(k.shape[1])
+    _check_dtype("k", k, KEY_DTYPES)
+    _check_by_token(k, key_valid, k_scale, k_weight)
+    _check_devices({"key_valid": key_valid, "k_scale": k_scale, "k_weight": k_weight}, "k", k.device)
+
+
+def check_pooled(k_pooled: Tensor, k: Tensor, block_size: int | None) -> None:
+    """Check the given block means of ``k``, whose own checks passed; errors as :func:`check_arguments`.
+
+    ``block_size`` is the resolved one, None where a symbolic topk leaves it open.
+    """
+    batch, tokens, dim = k.shape
+    _check_dtype("k_pooled", k_pooled, (pooled_dtype(k.dtype),))
+    blocks = tokens if block_size is None else -(-tokens // block_size)
+    if k_pooled.dim() == 3 and (block_size is None or not statically_known_true(k_pooled.shape[1] != blocks)):
+        # Right, or symbolic and not known to be wrong.  To check how a symbolic number of blocks follows from a
+        # symbolic length would be a guard, and one that torch.export refuses; the call itself has plain sizes.
+        blocks = k_pooled.shape[1]
+    size = "block_size" if block_size is None else block_size
+    _check_dims("k_pooled", k_pooled, f"[B, ceil(T / {size}), D]", (batch, blocks, dim))
+    _check_devices({"k_pooled": k_pooled}, "q", k.device)
+
+
 def check_arguments(
     q: Tensor,
     k: Tensor,
@@ -71,9 +127,7 @@ def check_arguments(
     torch._check_value(k.dim() == 3, lambda: f"k: got shape {_shape(k)}, expected [B, T, D]")
     tokens = k.shape[1]
     _check_dims("k", k, "[B, T, D]", (batch, tokens, dim))
-    # Not for a symbolic length: it would become a bound that torch.export asks its user to declare.
-    if isinstance(tokens, int) and tokens > LARGEST_LENGTH:
-        raise ValueError(f"k: got {tokens} tokens, expected at most {LARGEST_LENGTH} (indices are int32)")
+    _check_length(tokens)
     _check_dims("weights", weights, "[B, S, H]", (batch, queries, heads))
     _check_dtype("q", q, KEY_DTYPES)
     _check_dtype("k", k, (q.dtype,))
@@ -82,9 +136,7 @@ def check_arguments(
         if window is not None:
             _check_dtype(name, window, (torch.int32,))
             _check_broadcasts(name, window, "[B, S]", (batch, queries))
-    if key_valid is not None:
-        _check_dtype("key_valid", key_valid, (torch.bool,))
-        _check_dims("key_valid", key_valid, "[B, T]", (batch, tokens))
+    _check_by_token(k, key_valid, k_scale, k_weight)
     if mask is not None:
         _check_dtype("mask", mask, (torch.bool,))
         _check_broadcasts("mask", mask, "[B, S, T]", (batch, queries, tokens))
@@ -100,10 +152,6 @@ def check_arguments(
             "q_segment: got None, expected one that broadcasts to "
             f"[B, S] = [{batch}, {queries}], since k_segment is given"
         )
-    for name, factor in (("k_scale", k_scale), ("k_weight", k_weight)):
-        if factor is not None:
-            _check_dtype(name, factor, (torch.float32,))
-            _check_dims(name, factor, "[B, T]", (batch, tokens))
     given = {
         "k": k,
         "weights": weights,
@@ -116,9 +164,4 @@ def check_arguments(
         "k_scale": k_scale,
         "k_weight": k_weight,
     }
-    for name, x in given.items():
-        if x is not None:
-            torch._check_value(
-                x.device == q.device,
-                lambda name=name, x=x: f"{name}: got device {x.device}, expected q's device {q.device}",
-            )
+    _check_devices(given, "q", q.device)

@@ -71,6 +71,10 @@ def by_block_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
     return Launch({1: 3, 2: 2}.get(dtype.itemsize, 1), tiles.num_warps, 128 if dtype.itemsize == 1 else None)
 
 
+def hopper_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
+    return Launch(3, tiles.num_warps, 160 if dtype.itemsize == 1 else 168)
+
+
 def by_row_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
     return Launch({1: 3, 2: 2}.get(dtype.itemsize, 1), tiles.num_warps)
 

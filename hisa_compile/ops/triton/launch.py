@@ -39,6 +39,7 @@ from .config import (
     by_row_launch,
     coarse_launch,
     fitting,
+    hopper_launch,
     score_tiles,
     select_launch,
 )
@@ -47,6 +48,7 @@ from .group import list_items_kernel, sort_pairs_kernel
 from .operands import FP8_BITS, FP8_NATIVE, FP8_NONE
 from .pool import pool_kernel
 from .refine import refine_by_block_kernel, refine_by_row_kernel
+from .refine_hopper import refine_by_block_hopper_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
 
 # Everything the operator allocates besides its outputs stays below this, but for what is linear in the number of keys
@@ -80,6 +82,11 @@ def fp8_mode(q: Tensor) -> int:
     return int(FP8_NATIVE if native else FP8_BITS)
 
 
+def is_hopper(q: Tensor) -> bool:
+    """Whether q is on a GPU with sm_90's instructions, which newer ones do not have."""
+    return q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] == 9
+
+
 def launch(kernel: Any, programs: int, options: Launch, **arguments: Any) -> None:
     """Every kernel launch of the operator goes through here (tests record and compile them)."""
     limits = {} if options.maxnreg is None else {"maxnreg": options.maxnreg}
@@ -107,6 +114,7 @@ def indexer_topk_triton(
     k_weight: Tensor | None,
     sorted: bool,
     mark_hidden: bool,
+    k_pooled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``hisa::indexer_topk`` on q's device; arguments are valid (see :mod:`..validate`), any strides.
 
@@ -123,7 +131,9 @@ def indexer_topk_triton(
     if indices.numel() == 0:
         return indices, scores
     with torch.cuda.device_of(q):
-        call = _Call(q, k, weights, budget, visibility, k_scale, k_weight, indices, scores, sorted, mark_hidden)
+        call = _Call(
+            q, k, weights, budget, visibility, k_scale, k_weight, k_pooled, indices, scores, sorted, mark_hidden
+        )
         call.run()
     return indices, scores
 
@@ -140,6 +150,39 @@ def chunks_of_rows(batch: int, queries: int, most: int) -> Iterator[Chunk]:
         batches = triton.cdiv(batch, triton.cdiv(batch, most // queries))
         for b in range(0, batch, batches):
             yield Chunk(b * queries, min(batches, batch - b) * queries, queries)
+
+
+def pool_keys_triton(
+    k: Tensor, block_size: int, key_valid: Tensor | None, k_scale: Tensor | None, k_weight: Tensor | None
+) -> Tensor:
+    """``hisa::pool_keys`` on k's device; arguments are valid, any strides."""
+    batch, tokens, dim = k.shape
+    means = torch.empty((batch, triton.cdiv(tokens, block_size), dim), dtype=pooled_dtype(k.dtype), device=k.device)
+    if means.numel():
+        fp8 = fp8_mode(k)
+        arguments = _strided("k", k, "btd", fp8) | _strided("scale", k_scale, "bt")
+        arguments |= _strided("k_weight", k_weight, "bt") | _strided("valid", key_valid, "bt")
+        arguments |= _strided("k_segment", None, "bt") | {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
+        with torch.cuda.device_of(k):
+            _pool(arguments | {"means_ptr": means}, batch, tokens, dim, block_size, fp8)
+    return means
+
+
+def _pool(arguments: dict[str, Any], batch: int, tokens: int, dim: int, block_size: int, fp8: int) -> None:
+    blocks = triton.cdiv(tokens, block_size)
+    launch(
+        pool_kernel,
+        batch * blocks,
+        Launch(1, 4),
+        **arguments,
+        T=tokens,
+        M=blocks,
+        D=dim,
+        BLOCK_SIZE=block_size,
+        PADDED_D=triton.next_power_of_2(dim),
+        TILE=min(triton.next_power_of_2(block_size), 32),
+        FP8=fp8,
+    )
 
 
 def _group(rows: int, tiles: int, programs: int) -> int:
@@ -159,6 +202,7 @@ class _Call:
         visibility: Visibility,
         k_scale: Tensor | None,
         k_weight: Tensor | None,
+        k_pooled: Tensor | None,
         indices: Tensor,
         scores: Tensor,
         sorted: bool,
@@ -170,7 +214,7 @@ class _Call:
         self.block_size, self.block_topk = budget
         self.blocks = triton.cdiv(self.tokens, self.block_size)
         self.prune = self.blocks > self.block_topk
-        self.sorted, self.mark_hidden = sorted, mark_hidden
+        self.sorted, self.mark_hidden, self.k_pooled = sorted, mark_hidden, k_pooled
         self.outputs = {"indices_ptr": indices, "keys_ptr": scores.view(torch.int32)}
         self.scores = scores
 
@@ -200,13 +244,13 @@ class _Call:
             "WIDEN": triton.knobs.runtime.interpret,
         }
         self.sizes = {"S": self.queries, "T": self.tokens}
-        self.plan()
+        self.plan(q)
         self.allocate()
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def plan(self) -> None:
+    def plan(self, q: Tensor) -> None:
         """What depends on the sizes alone: widths of the rows of the workspace, and the chunks."""
         # Columns of a row of token scores.
         self.columns = self.block_size * self.block_topk if self.prune else self.tokens
@@ -240,6 +284,16 @@ class _Call:
             and shared
         )
         self.token_tile = tile if self.by_block and tile is not None else self.tiles.tile
+        # Queries are copied 16 bytes at a time there, and four warps share 64 tokens.
+        self.hopper = (
+            self.by_block
+            and is_hopper(q)
+            and q.dtype.itemsize < 4
+            and q.stride(3) == 1
+            and all(stride % 16 == 0 for stride in q.stride()[:3])
+            and q.data_ptr() % 16 == 0
+            and self.token_tile >= 16 * self.tiles.num_warps
+        )
         self.pairs_listed = self.by_block and self.prune
         self.pairs_of_item = max(4, _group(largest.rows, self.block_topk, MANY_PROGRAMS))
 
@@ -273,7 +327,7 @@ class _Call:
         return pairs // self.pairs_of_item + min(chunk.batches * self.blocks, pairs)
 
     def run(self) -> None:
-        means = self.pool() if self.prune else {}
+        means = self.means_and_tables() if self.prune else {}
         for chunk in self.chunks:
             at = {"first_row": chunk.first_row} | self.sizes
             self.weights_of(chunk)
@@ -293,31 +347,27 @@ class _Call:
             here = here.clone(memory_format=torch.contiguous_format)
         self.query |= {"w_ptr": here, "w_sr": here.shape[2]}
 
-    def pool(self) -> dict[str, Any]:
-        """Launch the pooling; the arguments by which the coarse stage reads its results."""
-        blocks, dim = self.blocks, self.dim
-        means = self.empty(self.batch, blocks, dim, dtype=pooled_dtype(self.dtype))
+    def means_and_tables(self) -> dict[str, Any]:
+        """What the coarse stage reads of blocks: representatives, and tables that tell which hold a visible token."""
+        means = self.k_pooled
+        if means is None:
+            means = self.empty(self.batch, self.blocks, self.dim, dtype=pooled_dtype(self.dtype))
         tables: dict[str, Tensor | None] = {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
         if self.of_keys["valid_ptr"] is not None:
             tables["last_valid_ptr"] = self.empty(self.batch, self.tokens)
         if self.of_keys["k_segment_ptr"] is not None:
-            tables["low_ptr"], tables["high_ptr"] = (self.empty(self.batch, blocks, dtype=torch.int64) for _ in "lh")
-        launch(
-            pool_kernel,
-            self.batch * blocks,
-            Launch(1, 4),
-            **self.keys,
-            **self.of_keys,
-            **tables,
-            means_ptr=means,
-            T=self.tokens,
-            M=blocks,
-            D=dim,
-            BLOCK_SIZE=self.block_size,
-            PADDED_D=triton.next_power_of_2(dim),
-            TILE=min(triton.next_power_of_2(self.block_size), 32),
-            FP8=self.shape["FP8"],
-        )
+            tables["low_ptr"], tables["high_ptr"] = (
+                self.empty(self.batch, self.blocks, dtype=torch.int64) for _ in range(2)
+            )
+        if self.k_pooled is None or any(table is not None for table in tables.values()):
+            _pool(
+                self.keys | self.of_keys | tables | {"means_ptr": means if self.k_pooled is None else None},
+                self.batch,
+                self.tokens,
+                self.dim,
+                self.block_size,
+                self.shape["FP8"],
+            )
         return _strided("means", means, "bmd") | tables
 
     def coarse(self, chunk: Chunk, at: dict[str, int], means: dict[str, Any]) -> None:
@@ -421,9 +471,10 @@ class _Call:
             tiles = triton.cdiv(self.tokens, self.token_tile)
             group = _group(chunk.rows, tiles, MANY_PROGRAMS)
             programs = chunk.batches * tiles * triton.cdiv(chunk.of_batch, group)
-        how = by_block_launch(self.tiles, self.dtype)
+        kernel: Any = refine_by_block_hopper_kernel if self.hopper else refine_by_block_kernel
+        how = (hopper_launch if self.hopper else by_block_launch)(self.tiles, self.dtype)
         launch(
-            refine_by_block_kernel,
+            kernel,
             programs,
             how,
             **work,

@@ -44,7 +44,8 @@ def pool_kernel(
     """One program a block, grid (B * M).
 
     means_ptr [B, M, D] gets the mean over the valid keys times |k_weight| * k_scale, accumulated in float32, rounded
-    once to the buffer's dtype; 0 for a block with no valid key.  last_valid_ptr int32 [B, T] gets, where key_valid is
+    once to the buffer's dtype; 0 for a block with no valid key; None where means are known already, and no key is read.
+    last_valid_ptr int32 [B, T] gets, where key_valid is
     given, the last valid position of the token's block that is not after the token, or -1.  low_ptr and high_ptr
     int64 [B, M] get, where segments are given, the least and the greatest segment of the block's valid keys; the
     least is above the greatest where it has none.
@@ -74,23 +75,25 @@ def pool_kernel(
             segment = segment.to(tl.int64)
             low = tl.minimum(low, tl.min(tl.where(valid, segment, 9223372036854775807), axis=0))
             high = tl.maximum(high, tl.max(tl.where(valid, segment, -9223372036854775807 - 1), axis=0))
-        # A key that is not valid is never read: a NaN in it cannot reach the mean.
-        wanted = valid[:, None] & (d < D)[None, :]
-        keys = load_operand(k_ptr + batch * k_sb + token[:, None] * k_st + d[None, :] * k_sd, wanted, FP8)
-        keys = keys.to(tl.float32)
-        scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, valid)
-        if k_weight_ptr is not None:
-            magnitude = tl.abs(load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, valid))
-            if scale_ptr is not None:
-                keys = keys * (scale * magnitude)[:, None]
-            else:
-                keys = keys * magnitude[:, None]
-        elif scale_ptr is not None:
-            keys = keys * scale[:, None]
-        totals += keys
-        count += tl.sum(valid.to(tl.float32), axis=0)
-    mean = tl.div_rn(_sum_rows(totals), tl.zeros([PADDED_D], tl.float32) + tl.maximum(count, 1.0))
+        if means_ptr is not None:
+            # A key that is not valid is never read: a NaN in it cannot reach the mean.
+            wanted = valid[:, None] & (d < D)[None, :]
+            keys = load_operand(k_ptr + batch * k_sb + token[:, None] * k_st + d[None, :] * k_sd, wanted, FP8)
+            keys = keys.to(tl.float32)
+            scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, valid)
+            if k_weight_ptr is not None:
+                magnitude = tl.abs(load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, valid))
+                if scale_ptr is not None:
+                    keys = keys * (scale * magnitude)[:, None]
+                else:
+                    keys = keys * magnitude[:, None]
+            elif scale_ptr is not None:
+                keys = keys * scale[:, None]
+            totals += keys
+            count += tl.sum(valid.to(tl.float32), axis=0)
     if k_segment_ptr is not None:
         tl.store(low_ptr + block, low)
         tl.store(high_ptr + block, high)
-    tl.store(means_ptr + block * D + d, mean.to(means_ptr.dtype.element_ty), mask=d < D)
+    if means_ptr is not None:
+        mean = tl.div_rn(_sum_rows(totals), tl.zeros([PADDED_D], tl.float32) + tl.maximum(count, 1.0))
+        tl.store(means_ptr + block * D + d, mean.to(means_ptr.dtype.element_ty), mask=d < D)

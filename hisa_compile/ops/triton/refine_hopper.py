@@ -1,0 +1,231 @@
+"""The refinement stage by block for NVIDIA's sm_90, in Gluon, Triton's lower level.
+
+What binds there is shared memory: a product of 64 tokens with 64 heads reads both operands from it at just the rate at
+which it can be read, so that nothing else fits beside it.  Here the keys, which stay for many queries, are in
+registers, which halves that; Triton itself keeps what it has loaded in shared memory.  The rest is as in
+:mod:`.refine`, with the same bits.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from .keys import HIDDEN_BITS, NAN_KEY
+
+
+@gluon.jit
+def _bound(ptr, stride_batch, stride_row, batch, query):
+    """A row's window bound as it is given; 0 where there is none."""
+    bound = 0
+    if ptr is not None:
+        bound = gl.load(ptr + batch * stride_batch + query * stride_row)
+    return bound
+
+
+@gluon.jit
+def _fetch(q_tile, w_tile, q_ptr, q_ss, q_sh, w_ptr, w_sr, query, row, h, d, hw, H: gl.constexpr, D: gl.constexpr):
+    """Start copying a row's q and weights; what lies past H and D becomes 0."""
+    q_ptr += query.to(gl.int64) * q_ss + h.to(gl.int64)[:, None] * q_sh + d[None, :]
+    w_ptr += row.to(gl.int64) * w_sr + hw
+    if q_tile.shape[0] == H and q_tile.shape[1] == D:
+        async_copy.async_copy_global_to_shared(q_tile, q_ptr)
+        async_copy.async_copy_global_to_shared(w_tile, w_ptr)
+    else:
+        async_copy.async_copy_global_to_shared(q_tile, q_ptr, mask=(h < H)[:, None] & (d < D)[None, :])
+        async_copy.async_copy_global_to_shared(w_tile, w_ptr, mask=hw < H)
+    async_copy.commit_group()
+
+
+@gluon.jit(
+    do_not_specialize=["first_row", "rows_per_batch", "group_rows", "S", "T", "M"],
+    do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr"],
+)
+def refine_by_block_hopper_kernel(
+    q_ptr, q_sb, q_ss, q_sh, q_sd,
+    k_ptr, k_sb, k_st, k_sd,
+    w_ptr, w_sr,
+    scale_ptr, scale_sb, scale_st,
+    k_weight_ptr, k_weight_sb, k_weight_st,
+    start_ptr, start_sb, start_ss,
+    end_ptr, end_sb, end_ss,
+    valid_ptr, valid_sb, valid_st,
+    mask_ptr, mask_sb, mask_ss, mask_st,
+    q_segment_ptr, q_segment_sb, q_segment_ss,
+    k_segment_ptr, k_segment_sb, k_segment_st,
+    items_ptr, item_count_ptr, offsets_ptr, pairs_ptr, token_scores_ptr,
+    first_row, rows_per_batch, group_rows, S, T, pitch, M,
+    H: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    PADDED_H: gl.constexpr, TILE_D: gl.constexpr, TILE: gl.constexpr, MOST_ROWS: gl.constexpr,
+    STAGES: gl.constexpr, FP8: gl.constexpr, WIDEN: gl.constexpr,
+):  # fmt: skip
+    """:func:`.refine.refine_by_block_kernel`, grid and arguments alike.
+
+    q_sd is 1, and q_ptr and the strides of q are multiples of 16 bytes.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    BITS: gl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth
+    VECTOR: gl.constexpr = 128 // BITS
+    LANES: gl.constexpr = TILE_D // VECTOR
+    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PADDED_H, 256 // BITS])
+    of_keys: gl.constexpr = gl.DotOperandLayout(0, product, 32 // BITS)
+    tokens: gl.constexpr = gl.SliceLayout(1, product)
+    heads: gl.constexpr = gl.SliceLayout(0, product)
+    q_copy: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    w_copy: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PADDED_H, TILE_D], q_ptr.dtype.element_ty)
+    w_shared: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [0])
+
+    program = gl.program_id(0)
+    inside = 0
+    if items_ptr is not None:
+        PARTS: gl.constexpr = BLOCK_SIZE // TILE
+        item = program // PARTS
+        inside = program % PARTS * TILE
+        first = 0
+        last = 0
+        number = 0
+        if item < gl.load(item_count_ptr):
+            number = gl.load(items_ptr + 2 * item)
+            first = gl.load(items_ptr + 2 * item + 1)
+            last = gl.minimum(first + group_rows, gl.load(offsets_ptr + number + 1))
+        batch_here = number // M
+        first_token = (number % M).to(gl.int64) * BLOCK_SIZE + inside
+    else:
+        groups = (rows_per_batch + group_rows - 1) // group_rows
+        tiles = (T + TILE - 1) // TILE
+        batch_here = program // groups // tiles
+        first_token = (program // groups % tiles).to(gl.int64) * TILE
+        first = program % groups * group_rows
+        last = gl.minimum(first + group_rows, rows_per_batch)
+    batch = (first_row // S + batch_here).to(gl.int64)
+    first_query = (first_row % S).to(gl.int64)
+    # Added to a row of the chunk it is the query.
+    query_of_row = first_query - batch_here * rows_per_batch
+
+    if items_ptr is None and (start_ptr is not None or end_ptr is not None):
+        near = gl.arange(0, MOST_ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        queries = first_query + first + near
+        touches = first + near < last
+        if start_ptr is not None:
+            starts = gl.load(start_ptr + batch * start_sb + queries * start_ss, mask=touches, other=0)
+            touches = touches & (starts < first_token + TILE)
+        if end_ptr is not None:
+            ends = gl.load(end_ptr + batch * end_sb + queries * end_ss, mask=touches, other=0)
+            touches = touches & (ends > first_token)
+        if gl.max(touches.to(gl.int32), axis=0) == 0:
+            last = first
+
+    if first < last:
+        q_ptr += batch * q_sb
+        q_tiles = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, PADDED_H, TILE_D], q_shared)
+        w_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, PADDED_H], w_shared)
+        h = gl.arange(0, PADDED_H, layout=gl.SliceLayout(1, q_copy))
+        d = gl.arange(0, TILE_D, layout=gl.SliceLayout(0, q_copy))
+        hw = gl.arange(0, PADDED_H, layout=w_copy)
+        for stage in gl.static_range(STAGES - 1):
+            row = batch_here * rows_per_batch + gl.minimum(first + stage, last - 1)
+            if items_ptr is not None:
+                row = gl.load(pairs_ptr + gl.minimum(first + stage, last - 1)) >> 16
+            _fetch(q_tiles.index(stage), w_tiles.index(stage), q_ptr, q_ss, q_sh, w_ptr, w_sr, query_of_row + row, row,
+                   h, d, hw, H, D)  # fmt: skip
+
+        position = gl.arange(0, TILE, layout=tokens)
+        token = first_token + position
+        exists = token < T
+        scale = None
+        any_negative = False
+        if scale_ptr is not None:
+            scale = gl.load(scale_ptr + batch * scale_sb + token * scale_st, mask=exists, other=0.0)
+            any_negative = gl.min(scale, axis=0) < 0.0
+        factor = None
+        if k_weight_ptr is not None:
+            factor = gl.load(k_weight_ptr + batch * k_weight_sb + token * k_weight_st, mask=exists, other=0.0)
+        look: gl.constexpr = valid_ptr is not None or mask_ptr is not None or k_segment_ptr is not None
+        # Of the tile's tokens, those that there are.
+        past = gl.minimum(T - first_token, TILE).to(gl.int32)
+        key_token = first_token + gl.arange(0, TILE, layout=gl.SliceLayout(1, of_keys))
+        key_dim = gl.arange(0, TILE_D, layout=gl.SliceLayout(0, of_keys))
+        keys = gl.load(
+            k_ptr + batch * k_sb + key_token[:, None] * k_st + key_dim.to(gl.int64)[None, :] * k_sd,
+            mask=(key_token < T)[:, None] & (key_dim < D)[None, :],
+            other=0.0,
+        )
+        padding: gl.constexpr = PADDED_H != H
+        real = gl.arange(0, PADDED_H, layout=heads) < H
+        zeros = gl.zeros([TILE, PADDED_H], gl.float32, layout=product)
+
+        # Pairs are loaded an iteration early: what is fetched now, and what is scored next.
+        fetched = batch_here * rows_per_batch + gl.minimum(first + STAGES - 1, last - 1)
+        pair = first
+        if items_ptr is not None:
+            fetched = gl.load(pairs_ptr + gl.minimum(first + STAGES - 1, last - 1)) >> 16
+            pair = gl.load(pairs_ptr + first)
+        stage = 0
+        for i in range(first, last):
+            async_copy.wait_group(STAGES - 2)
+            fence_async_shared()
+            products = warpgroup_mma(keys, q_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            # The stage of the row before: everyone is past it.
+            free = gl.where(stage == 0, STAGES - 1, stage - 1)
+            _fetch(q_tiles.index(free), w_tiles.index(free), q_ptr, q_ss, q_sh, w_ptr, w_sr, query_of_row + fetched,
+                   fetched, h, d, hw, H, D)  # fmt: skip
+            if items_ptr is not None:
+                row = pair >> 16
+                column = (pair & 65535) * BLOCK_SIZE + inside
+                fetched = gl.load(pairs_ptr + gl.minimum(i + STAGES, last - 1)) >> 16
+                pair = gl.load(pairs_ptr + gl.minimum(i + 1, last - 1))
+            else:
+                row = batch_here * rows_per_batch + i
+                column = first_token
+                fetched = batch_here * rows_per_batch + gl.minimum(i + STAGES, last - 1)
+            query = query_of_row + row
+            start = _bound(start_ptr, start_sb, start_ss, batch, query)
+            end = _bound(end_ptr, end_sb, end_ss, batch, query)
+            weights = w_tiles.index(stage).load(heads)
+
+            products = warpgroup_mma_wait(0, deps=[products])
+            if scale is not None:  # noqa: SIM102 (the one is known when the kernel is compiled, the other is not)
+                if any_negative:
+                    products = products * gl.where(scale < 0.0, -1.0, 1.0)[:, None]
+            products = gl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL) * weights[None, :]
+            if padding:
+                products = gl.where(real[None, :], products, 0.0)
+            scores = gl.sum(products, axis=1)
+            if scale is not None:
+                scores = scores * gl.abs(scale)
+            if factor is not None:
+                scores = scores * factor
+            bits = gl.where(scores != scores, NAN_KEY, (scores + 0.0).to(gl.int32, bitcast=True))
+            low = 0
+            high = past
+            if start_ptr is not None:
+                low = gl.minimum(gl.maximum(start - first_token, 0), TILE).to(gl.int32)
+            if end_ptr is not None:
+                high = gl.minimum(gl.maximum(end - first_token, 0), past).to(gl.int32)
+            # Nearly every tile is seen whole where only windows say what is seen.
+            if look or (low > 0) | (high < TILE):
+                visible = (position >= low) & (position < high)
+                here = first_token + position
+                if valid_ptr is not None:
+                    at = valid_ptr + batch * valid_sb + here * valid_st
+                    visible = visible & (gl.load(at, mask=visible, other=0) != 0)
+                if mask_ptr is not None:
+                    at = mask_ptr + batch * mask_sb + query * mask_ss + here * mask_st
+                    visible = visible & (gl.load(at, mask=visible, other=0) != 0)
+                if k_segment_ptr is not None:
+                    segment = _bound(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query).to(gl.int64)
+                    at = k_segment_ptr + batch * k_segment_sb + here * k_segment_st
+                    visible = visible & (gl.load(at, mask=visible, other=0).to(gl.int64) == segment)
+                bits = gl.where(visible, bits, HIDDEN_BITS)
+            out = token_scores_ptr + row.to(gl.int64) * pitch + column + position
+            if items_ptr is None:
+                gl.store(out, bits, mask=position < past)
+            else:
+                # Every column of a kept block is read later, also those past the last token.
+                gl.store(out, bits)
+            stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+        async_copy.wait_group(0)
