@@ -20,7 +20,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from hisa_compile.ops import Budget, Visibility  # noqa: E402
-from hisa_compile.ops.triton import launch  # noqa: E402
+from hisa_compile.ops.triton import config, launch  # noqa: E402
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE, FP8_NONE  # noqa: E402
 
 pytestmark = [
@@ -47,7 +47,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
-Recorded = tuple[Any, launch.Launch, dict[str, Any]]
+Recorded = tuple[Any, config.Launch, dict[str, Any]]
 
 
 def record(

@@ -26,7 +26,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from hisa_compile.ops import Budget, Visibility, reference
-from hisa_compile.ops.triton import launch
+from hisa_compile.ops.triton import config, launch
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE
 
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
@@ -78,6 +78,7 @@ def run(case: Case, **changes: Any) -> tuple[Tensor, Tensor]:
             case["k_weight"],
             case["sorted"],
             case["mark_hidden"],
+            case.get("k_pooled"),
         )
 
 
@@ -190,9 +191,9 @@ def strided(x: Tensor) -> Tensor:
 @contextmanager
 def small_tiles(workspace: int = 1) -> Iterator[None]:
     """Tiles and workspace so small that every loop over tiles, groups of tiles and chunks of rows runs often."""
-    tiles = launch.score_tiles
+    tiles = config.score_tiles
 
-    def small(heads: int, dim: int, dtype: torch.dtype) -> launch.Tiles:
+    def small(heads: int, dim: int, dtype: torch.dtype) -> config.Tiles:
         # A product of float8 adds at least 32 at a time.
         return tiles(heads, dim, dtype)._replace(tile=16, tile_dim=32 if ON_GPU and dtype == FP8 else 16)
 
@@ -211,7 +212,7 @@ def small_tiles(workspace: int = 1) -> Iterator[None]:
         "LIST_TILE": 2,
         "WORKSPACE_BYTES": workspace,
     }
-    with mock.patch.multiple(launch, **values):
+    with mock.patch.multiple(config, **values):
         yield
 
 
@@ -363,7 +364,7 @@ def eligible_of(case: Case) -> Tensor:
     captured: dict[str, Any] = {}
     original = launch.launch
 
-    def until_coarse(kernel: Any, programs: int, options: launch.Launch, **arguments: Any) -> None:
+    def until_coarse(kernel: Any, programs: int, options: config.Launch, **arguments: Any) -> None:
         if kernel in (launch.pool_kernel, launch.coarse_kernel):
             original(kernel, programs, options, **arguments)
             captured.update(arguments)
@@ -448,6 +449,28 @@ def test_visible_nan_and_inf_rank_as_in_the_reference() -> None:
         check(case | changes)
 
 
+@pytest.mark.parametrize("dtype", DTYPES if ON_GPU else (torch.float32, torch.float16, FP8), ids=str)
+@pytest.mark.parametrize("tables", [False, True], ids=["windows", "tables"])
+def test_given_means_take_the_place_of_pooling(dtype: torch.dtype, tables: bool) -> None:
+    """The kernel's own means, given back; means that send the coarse stage elsewhere; means that are not to be read."""
+    case = exact_case(2, 5, 60, heads=3, dim=18, topk=9, block_size=4, block_topk=3, dtype=dtype)
+    case["window_end"] = torch.randint(20, 61, (2, 5), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
+    if tables:
+        case["key_valid"] = random_bool((2, 60), 0.7)
+        halves = (torch.arange(60, device=DEVICE) >= 31).long()
+        case |= {"q_segment": halves[None, 29:34], "k_segment": halves[None].expand(2, -1)}
+    means = launch.pool_keys_triton(case["k"], 4, case.get("key_valid"), None, None)
+    assert_equal((means, means), (expected := reference.block_means(case["k"], 4, case.get("key_valid")), expected))
+    pooled = run(case)
+    assert_equal(run(case, k_pooled=strided(means)), pooled)
+    other = case | {"k_pooled": means.flip(1) * 2}
+    assert not torch.equal(run(other)[0], pooled[0])
+    check(other)
+    assert_equal(
+        run(case | {"block_topk": 15}, k_pooled=torch.full_like(means, math.nan)), run(case | {"block_topk": 15})
+    )
+
+
 def test_fill_takes_visible_tokens_with_their_scores_then_hidden_ones() -> None:
     """A mask with holes leaves fewer visible candidates than topk in the two kept blocks."""
     case = exact_case(1, 3, 48, topk=16, block_size=8, block_topk=2)
@@ -520,7 +543,7 @@ def test_bits_depend_on_the_row_alone(dtype: torch.dtype) -> None:
     assert_equal(got, (whole[0][order], whole[1][order]))
     got = run(case | {name: x[1:2] for name, x in by_batch.items()})
     assert_equal(got, (whole[0][1:2], whole[1][1:2]))
-    with mock.patch.object(launch, "WORKSPACE_BYTES", 1):
+    with mock.patch.object(config, "WORKSPACE_BYTES", 1):
         assert_equal(run(case), whole)
 
 
@@ -543,7 +566,7 @@ def test_workspace_does_not_grow_with_the_queries() -> None:
     assert allocated[:2] == [300_000 * 20 * 4] * 2
     allocated.remove(blocks * 128 * 2)
     # The lists of pairs: where each begins, and at most one item of work that is not full.
-    assert sum(allocated[2:]) <= launch.WORKSPACE_BYTES + 12 * blocks + 8
+    assert sum(allocated[2:]) <= config.WORKSPACE_BYTES + 12 * blocks + 8
 
 
 # ---- on a GPU only ----------------------------------------------------------------------------------------------
@@ -581,7 +604,7 @@ def test_selection_at_the_papers_sizes(dtype: torch.dtype) -> None:
     captured: dict[str, Tensor] = {}
     original = launch.launch
 
-    def capture(kernel: Any, programs: int, options: launch.Launch, **arguments: Any) -> None:
+    def capture(kernel: Any, programs: int, options: config.Launch, **arguments: Any) -> None:
         captured.update({name: arguments[name] for name in ("means_ptr",) if arguments.get(name) is not None})
         original(kernel, programs, options, **arguments)
 
@@ -708,11 +731,11 @@ def test_hoppers_kernel_gives_the_same_bits(
     used: list[Any] = []
     original = launch.launch
 
-    def note(kernel: Any, programs: int, options: launch.Launch, **arguments: Any) -> None:
+    def note(kernel: Any, programs: int, options: config.Launch, **arguments: Any) -> None:
         used.append(kernel)
         original(kernel, programs, options, **arguments)
 
-    with mock.patch.object(launch, "FEW_PAIRS", 0), mock.patch.object(launch, "launch", note):
+    with mock.patch.object(config, "FEW_PAIRS", 0), mock.patch.object(launch, "launch", note):
         got = run(case)
         assert launch.refine_by_block_hopper_kernel in used
         with mock.patch.object(launch, "is_hopper", return_value=False):
@@ -720,7 +743,7 @@ def test_hoppers_kernel_gives_the_same_bits(
             expected = run(case)
             assert launch.refine_by_block_kernel in used
     assert_equal(got, expected)
-    with mock.patch.object(launch, "FEW_ROWS", 10**6):
+    with mock.patch.object(config, "FEW_ROWS", 10**6):
         assert_equal(run(case), expected)
 
 

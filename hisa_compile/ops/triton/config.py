@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 import triton
 
+# Everything the operator allocates besides its outputs stays below this, but for what is linear in the number of keys
+# (block means, the last-valid table, bounds of segments, lists of pairs) and the least that a single row needs.
+WORKSPACE_BYTES = 48 * 2**20
 # Entries that one program sorts; longer rows are sorted in tiles of this size and merged.
 SORT_TILE = 4096
 # Rank keys that one program holds in registers while it selects.

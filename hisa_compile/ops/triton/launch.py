@@ -11,8 +11,7 @@ CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,54 +20,17 @@ from torch import Tensor
 from ..budget import Budget
 from ..reference import pooled_dtype
 from ..visibility import Visibility
+from . import config
 from .coarse import coarse_kernel
-from .config import (
-    EMIT_TILE,
-    FEW_PAIRS,
-    FEW_ROWS,
-    LIST_TILE,
-    MANY_COARSE_PROGRAMS,
-    MANY_PROGRAMS,
-    MOST_ROWS,
-    PAIR_TILE,
-    SCAN_TILE,
-    SELECT_TILE,
-    SORT_TILE,
-    Launch,
-    by_block_launch,
-    by_row_launch,
-    coarse_launch,
-    fitting,
-    hopper_launch,
-    score_tiles,
-    select_launch,
-)
+from .config import Launch
 from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_kernel
 from .group import list_items_kernel, sort_pairs_kernel
 from .operands import FP8_BITS, FP8_NATIVE, FP8_NONE
+from .plan import Chunk, Plan, rows_past_a_tile
 from .pool import pool_kernel
 from .refine import refine_by_block_kernel, refine_by_row_kernel
 from .refine_hopper import refine_by_block_hopper_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
-
-# Everything the operator allocates besides its outputs stays below this, but for what is linear in the number of keys
-# (block means, the last-valid table, bounds of segments, lists of pairs) and the least that a single row needs.
-WORKSPACE_BYTES = 48 * 2**20
-# A row of a chunk and the place of a kept block share an int32.
-_MOST_ROWS = 2**15 - 1
-_MOST_SLOTS = 2**16
-
-
-class Chunk(NamedTuple):
-    """Rows [first_row, first_row + rows): part of one batch's, or those of whole batches, of_batch each."""
-
-    first_row: int
-    rows: int
-    of_batch: int
-
-    @property
-    def batches(self) -> int:
-        return self.rows // self.of_batch
 
 
 def fp8_mode(q: Tensor) -> int:
@@ -138,20 +100,6 @@ def indexer_topk_triton(
     return indices, scores
 
 
-def chunks_of_rows(batch: int, queries: int, most: int) -> Iterator[Chunk]:
-    """All rows in chunks of at most ``most``."""
-    if queries > most:
-        rows = triton.cdiv(queries, triton.cdiv(queries, most))
-        for b in range(batch):
-            for s in range(0, queries, rows):
-                here = min(rows, queries - s)
-                yield Chunk(b * queries + s, here, here)
-    else:
-        batches = triton.cdiv(batch, triton.cdiv(batch, most // queries))
-        for b in range(0, batch, batches):
-            yield Chunk(b * queries, min(batches, batch - b) * queries, queries)
-
-
 def pool_keys_triton(
     k: Tensor, block_size: int, key_valid: Tensor | None, k_scale: Tensor | None, k_weight: Tensor | None
 ) -> Tensor:
@@ -185,11 +133,6 @@ def _pool(arguments: dict[str, Any], batch: int, tokens: int, dim: int, block_si
     )
 
 
-def _group(rows: int, tiles: int, programs: int) -> int:
-    """Rows that go past one tile of vectors: as many as leave work for so many programs."""
-    return max(1, min(MOST_ROWS, rows * tiles // programs))
-
-
 class _Call:
     """One call: the kernels' arguments, the workspace, and the stages in their order."""
 
@@ -212,8 +155,7 @@ class _Call:
         self.tokens, self.width = k.shape[1], indices.shape[2]
         self.device, self.dtype = q.device, q.dtype
         self.block_size, self.block_topk = budget
-        self.blocks = triton.cdiv(self.tokens, self.block_size)
-        self.prune = self.blocks > self.block_topk
+        self.plan = Plan(self.batch, self.queries, heads, self.dim, self.tokens, self.width, budget, q.dtype, sorted)
         self.sorted, self.mark_hidden, self.k_pooled = sorted, mark_hidden, k_pooled
         self.outputs = {"indices_ptr": indices, "keys_ptr": scores.view(torch.int32)}
         self.scores = scores
@@ -232,108 +174,67 @@ class _Call:
         self.keys |= _strided("k_weight", k_weight, "bt")
         self.query = _strided("q", q, "bshd", fp8)
         self.weights = weights
-        self.tiles = score_tiles(heads, self.dim, q.dtype)
-        self.shape = {
-            "H": heads,
-            "D": self.dim,
-            "BLOCK_SIZE": self.block_size,
-            "PADDED_H": self.tiles.padded_heads,
-            "TILE_D": self.tiles.tile_dim,
-            "TILE": self.tiles.tile,
-            "FP8": fp8,
-            "WIDEN": triton.knobs.runtime.interpret,
-        }
-        self.sizes = {"S": self.queries, "T": self.tokens}
-        self.plan(q)
-        self.allocate()
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def plan(self, q: Tensor) -> None:
-        """What depends on the sizes alone: widths of the rows of the workspace, and the chunks."""
-        # Columns of a row of token scores.
-        self.columns = self.block_size * self.block_topk if self.prune else self.tokens
-        self.one_tile = self.columns <= SELECT_TILE
-        # Longer rows than one program can sort are sorted in tiles beside the outputs.
-        self.merged = self.sorted and self.width > SORT_TILE
-        self.sort_tile = min(triton.next_power_of_2(self.width), SORT_TILE)
-        self.sort_tiles = triton.cdiv(self.width, self.sort_tile)
-        # Scores of blocks are no longer needed when scores of tokens are made.
-        self.pitch = 16 * triton.cdiv(max(self.columns, self.blocks if self.prune else 0), 16)
-        row_bytes = 4 * self.pitch + 4 + 4 * self.weights.shape[2]
-        if self.prune:
-            row_bytes += self.blocks + 4 + 4 * self.block_topk
-            # Places among the pairs of a block, pairs, items.
-            row_bytes += 16 * self.block_topk
-        if not self.one_tile:
-            row_bytes += 4 * SELECT_TILE
-        if self.merged:
-            row_bytes += 8 * self.sort_tiles * self.sort_tile
-        most = max(1, min(WORKSPACE_BYTES // row_bytes, _MOST_ROWS))
-        self.chunks = list(chunks_of_rows(self.batch, self.queries, most))
-        largest = self.chunks[0]
-        # Queries go past a tile of keys, or keys past a query.
-        tile = fitting(self.tiles.tile, self.block_size) if self.prune else self.tiles.tile
-        shared = not self.prune or largest.of_batch * self.block_topk >= FEW_PAIRS * self.blocks
-        self.by_block = (
-            tile is not None
-            and self.dim <= self.tiles.tile_dim
-            and self.block_topk <= _MOST_SLOTS
-            and largest.of_batch >= FEW_ROWS
-            and shared
-        )
-        self.token_tile = tile if self.by_block and tile is not None else self.tiles.tile
+        tiles = self.plan.tiles
         # Queries are copied 16 bytes at a time there, and four warps share 64 tokens.
         self.hopper = (
-            self.by_block
+            self.plan.by_block
             and is_hopper(q)
             and q.dtype.itemsize < 4
             and q.stride(3) == 1
             and all(stride % 16 == 0 for stride in q.stride()[:3])
             and q.data_ptr() % 16 == 0
-            and self.token_tile >= 16 * self.tiles.num_warps
+            and self.plan.token_tile >= 16 * tiles.num_warps
         )
-        self.pairs_listed = self.by_block and self.prune
-        self.pairs_of_item = max(4, _group(largest.rows, self.block_topk, MANY_PROGRAMS))
+        self.shape = {
+            "H": heads,
+            "D": self.dim,
+            "BLOCK_SIZE": self.block_size,
+            "PADDED_H": tiles.padded_heads,
+            "TILE_D": tiles.tile_dim,
+            "TILE": tiles.tile,
+            "FP8": fp8,
+            "WIDEN": triton.knobs.runtime.interpret,
+        }
+        self.sizes = {"S": self.queries, "T": self.tokens}
+        self.allocate()
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def allocate(self) -> None:
-        rows = self.chunks[0].rows
-        lists = self.chunks[0].batches * self.blocks
-        self.score_bits = self.empty(rows, self.pitch)
+        rows = self.plan.chunks[0].rows
+        lists = self.plan.chunks[0].batches * self.plan.blocks
+        self.score_bits = self.empty(rows, self.plan.pitch)
         self.selected_count = self.empty(rows)
         self.kept: dict[str, Tensor | None] = {"kept_ptr": None, "kept_count_ptr": None}
         self.kept_flag = self.counts = self.rank = self.candidates = None
-        if self.prune:
+        if self.plan.prune:
             self.kept = {"kept_ptr": self.empty(rows, self.block_topk), "kept_count_ptr": self.empty(rows)}
-            self.kept_flag = self.empty(rows, self.blocks, dtype=torch.int8)
+            self.kept_flag = self.empty(rows, self.plan.blocks, dtype=torch.int8)
         self.items: dict[str, Tensor | None] = {"items_ptr": None, "item_count_ptr": None, "offsets_ptr": None}
         self.pairs = None
-        if self.pairs_listed:
+        if self.plan.pairs_listed:
             self.rank = self.empty(rows, self.block_topk)
             self.pairs = self.empty(rows * self.block_topk)
             self.counts = torch.zeros(lists, dtype=torch.int32, device=self.device)
             self.items = {
-                "items_ptr": self.empty(self.most_items(self.chunks[0]), 2),
+                "items_ptr": self.empty(self.plan.most_items(self.plan.chunks[0]), 2),
                 "item_count_ptr": self.empty(1),
                 "offsets_ptr": self.empty(lists + 1),
             }
-        if not self.one_tile:
-            self.candidates = self.empty(rows, SELECT_TILE)
-
-    def most_items(self, chunk: Chunk) -> int:
-        """A list of n pairs is cut into ceil(n / pairs_of_item) items."""
-        pairs = chunk.rows * self.block_topk
-        return pairs // self.pairs_of_item + min(chunk.batches * self.blocks, pairs)
+        if not self.plan.one_tile:
+            self.candidates = self.empty(rows, config.SELECT_TILE)
+        if self.plan.merged:
+            self.packed = self.empty(rows, self.plan.sort_tiles * self.plan.sort_tile, dtype=torch.int64)
 
     def run(self) -> None:
-        means = self.means_and_tables() if self.prune else {}
-        for chunk in self.chunks:
+        means = self.means_and_tables() if self.plan.prune else {}
+        for chunk in self.plan.chunks:
             at = {"first_row": chunk.first_row} | self.sizes
             self.weights_of(chunk)
-            if self.prune:
+            if self.plan.prune:
                 self.coarse(chunk, at, means)
-                if self.pairs_listed:
+                if self.plan.pairs_listed:
                     self.list_pairs(chunk)
             self.refine(chunk, at)
             self.select(chunk, at)
@@ -351,13 +252,13 @@ class _Call:
         """What the coarse stage reads of blocks: representatives, and tables that tell which hold a visible token."""
         means = self.k_pooled
         if means is None:
-            means = self.empty(self.batch, self.blocks, self.dim, dtype=pooled_dtype(self.dtype))
+            means = self.empty(self.batch, self.plan.blocks, self.dim, dtype=pooled_dtype(self.dtype))
         tables: dict[str, Tensor | None] = {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
         if self.of_keys["valid_ptr"] is not None:
             tables["last_valid_ptr"] = self.empty(self.batch, self.tokens)
         if self.of_keys["k_segment_ptr"] is not None:
             tables["low_ptr"], tables["high_ptr"] = (
-                self.empty(self.batch, self.blocks, dtype=torch.int64) for _ in range(2)
+                self.empty(self.batch, self.plan.blocks, dtype=torch.int64) for _ in range(2)
             )
         if self.k_pooled is None or any(table is not None for table in tables.values()):
             _pool(
@@ -372,9 +273,9 @@ class _Call:
 
     def coarse(self, chunk: Chunk, at: dict[str, int], means: dict[str, Any]) -> None:
         """Scores of blocks, and the kept ones."""
-        tiles = triton.cdiv(self.blocks, self.tiles.tile)
-        group = _group(chunk.rows, tiles, MANY_COARSE_PROGRAMS)
-        how = coarse_launch(self.tiles, self.dtype)
+        tiles = triton.cdiv(self.plan.blocks, self.plan.tiles.tile)
+        group = rows_past_a_tile(chunk.rows, tiles, config.MANY_COARSE_PROGRAMS)
+        how = config.coarse_launch(self.plan.tiles, self.dtype)
         launch(
             coarse_kernel,
             chunk.batches * triton.cdiv(chunk.of_batch, group) * tiles,
@@ -387,15 +288,15 @@ class _Call:
             block_scores_ptr=self.score_bits,
             rows_per_batch=chunk.of_batch,
             group_rows=group,
-            M=self.blocks,
-            pitch=self.pitch,
-            MOST_ROWS=MOST_ROWS,
+            M=self.plan.blocks,
+            pitch=self.plan.pitch,
+            MOST_ROWS=config.MOST_ROWS,
             STAGES=how.stages,
         )
         launch(
             select_blocks_kernel,
             chunk.rows,
-            select_launch(self.blocks),
+            config.select_launch(self.plan.blocks),
             **self.window,
             **self.kept,
             **at,
@@ -404,31 +305,31 @@ class _Call:
             counts_ptr=self.counts,
             rank_ptr=self.rank,
             rows_per_batch=chunk.of_batch,
-            M=self.blocks,
-            pitch=self.pitch,
+            M=self.plan.blocks,
+            pitch=self.plan.pitch,
             block_topk=self.block_topk,
             BLOCK_SIZE=self.block_size,
-            SLOTS=min(triton.next_power_of_2(self.block_topk), EMIT_TILE),
-            **_select_tile(self.blocks),
+            SLOTS=min(triton.next_power_of_2(self.block_topk), config.EMIT_TILE),
+            **_select_tile(self.plan.blocks),
         )
 
     def list_pairs(self, chunk: Chunk) -> None:
         """The pairs (row, kept block) by block, and the items of work that they make."""
-        lists = chunk.batches * self.blocks
+        lists = chunk.batches * self.plan.blocks
         launch(
             list_items_kernel,
-            triton.cdiv(lists, LIST_TILE),
+            triton.cdiv(lists, config.LIST_TILE),
             Launch(1, 4),
             **self.items,
             counts_ptr=self.counts,
             lists=lists,
-            most_pairs=self.pairs_of_item,
-            TILE=LIST_TILE,
-            SUM_TILE=8 * LIST_TILE,
+            most_pairs=self.plan.pairs_of_item,
+            TILE=config.LIST_TILE,
+            SUM_TILE=8 * config.LIST_TILE,
         )
         launch(
             sort_pairs_kernel,
-            triton.cdiv(chunk.rows * self.block_topk, PAIR_TILE),
+            triton.cdiv(chunk.rows * self.block_topk, config.PAIR_TILE),
             Launch(1, 4),
             **self.kept,
             rank_ptr=self.rank,
@@ -438,20 +339,20 @@ class _Call:
             lists=lists,
             rows=chunk.rows,
             rows_per_batch=chunk.of_batch,
-            M=self.blocks,
+            M=self.plan.blocks,
             block_topk=self.block_topk,
-            TILE=PAIR_TILE,
+            TILE=config.PAIR_TILE,
         )
 
     def refine(self, chunk: Chunk, at: dict[str, int]) -> None:
         """Scores of candidate tokens."""
-        work = self.query | self.keys | self.seen | at | self.shape | {"TILE": self.token_tile}
-        work |= {"token_scores_ptr": self.score_bits, "pitch": self.pitch}
-        if not self.by_block:
-            tiles = triton.cdiv(self.columns, self.token_tile)
-            share = max(1, min(tiles, chunk.rows * tiles // MANY_PROGRAMS)) * self.token_tile
-            groups = triton.cdiv(self.columns, share)
-            how = by_row_launch(self.tiles, self.dtype)
+        work = self.query | self.keys | self.seen | at | self.shape | {"TILE": self.plan.token_tile}
+        work |= {"token_scores_ptr": self.score_bits, "pitch": self.plan.pitch}
+        if not self.plan.by_block:
+            tiles = triton.cdiv(self.plan.columns, self.plan.token_tile)
+            share = max(1, min(tiles, chunk.rows * tiles // config.MANY_PROGRAMS)) * self.plan.token_tile
+            groups = triton.cdiv(self.plan.columns, share)
+            how = config.by_row_launch(self.plan.tiles, self.dtype)
             launch(
                 refine_by_row_kernel,
                 chunk.rows * groups,
@@ -464,15 +365,15 @@ class _Call:
                 STAGES=how.stages,
             )
             return
-        if self.pairs_listed:
-            group = self.pairs_of_item
-            programs = self.most_items(chunk) * (self.block_size // self.token_tile)
+        if self.plan.pairs_listed:
+            group = self.plan.pairs_of_item
+            programs = self.plan.most_items(chunk) * (self.block_size // self.plan.token_tile)
         else:
-            tiles = triton.cdiv(self.tokens, self.token_tile)
-            group = _group(chunk.rows, tiles, MANY_PROGRAMS)
+            tiles = triton.cdiv(self.tokens, self.plan.token_tile)
+            group = rows_past_a_tile(chunk.rows, tiles, config.MANY_PROGRAMS)
             programs = chunk.batches * tiles * triton.cdiv(chunk.of_batch, group)
         kernel: Any = refine_by_block_hopper_kernel if self.hopper else refine_by_block_kernel
-        how = (hopper_launch if self.hopper else by_block_launch)(self.tiles, self.dtype)
+        how = (config.hopper_launch if self.hopper else config.by_block_launch)(self.plan.tiles, self.dtype)
         launch(
             kernel,
             programs,
@@ -482,8 +383,8 @@ class _Call:
             pairs_ptr=self.pairs,
             rows_per_batch=chunk.of_batch,
             group_rows=group,
-            M=self.blocks,
-            MOST_ROWS=MOST_ROWS,
+            M=self.plan.blocks,
+            MOST_ROWS=config.MOST_ROWS,
             STAGES=how.stages,
         )
 
@@ -492,7 +393,7 @@ class _Call:
         launch(
             select_tokens_kernel,
             chunk.rows,
-            select_launch(self.columns),
+            config.select_launch(self.plan.columns),
             **self.window,
             **self.kept,
             **self.outputs,
@@ -500,18 +401,18 @@ class _Call:
             token_scores_ptr=self.score_bits,
             candidates_ptr=self.candidates,
             selected_count_ptr=self.selected_count,
-            pitch=self.pitch,
+            pitch=self.plan.pitch,
             block_topk=self.block_topk,
             K=self.width,
-            K_TILE=min(triton.next_power_of_2(self.width), EMIT_TILE),
+            K_TILE=min(triton.next_power_of_2(self.width), config.EMIT_TILE),
             BLOCK_SIZE=self.block_size,
             FINAL=not self.sorted,
-            **_select_tile(self.columns),
+            **_select_tile(self.plan.columns),
         )
         launch(
             fill_kernel,
             chunk.rows,
-            Launch(1, self.tiles.num_warps),
+            Launch(1, self.plan.tiles.num_warps),
             **self.query,
             **self.keys,
             **self.seen,
@@ -521,10 +422,10 @@ class _Call:
             kept_count_ptr=self.kept["kept_count_ptr"],
             kept_flag_ptr=self.kept_flag,
             selected_count_ptr=self.selected_count,
-            M=self.blocks,
+            M=self.plan.blocks,
             block_topk=self.block_topk,
             K=self.width,
-            SCAN=SCAN_TILE,
+            SCAN=config.SCAN_TILE,
             FINAL=not self.sorted,
             MARK_HIDDEN=self.mark_hidden,
         )
@@ -533,27 +434,26 @@ class _Call:
         """Rows in order, if they are to be."""
         if not self.sorted:
             return
-        order = {"first_row": at["first_row"], "K": self.width, "TILE": self.sort_tile}
-        how = Launch(1, 8 if self.sort_tile >= 2048 else 4)
-        if not self.merged:
+        order = {"first_row": at["first_row"], "K": self.width, "TILE": self.plan.sort_tile}
+        how = Launch(1, 8 if self.plan.sort_tile >= 2048 else 4)
+        if not self.plan.merged:
             launch(sort_kernel, chunk.rows, how, **self.outputs, **order, scores_ptr=self.scores,
                    MARK_HIDDEN=self.mark_hidden)  # fmt: skip
             return
-        packed = self.empty(chunk.rows, self.sort_tiles * self.sort_tile, dtype=torch.int64)
-        programs = chunk.rows * self.sort_tiles
-        launch(sort_tiles_kernel, programs, how, **self.outputs, **order, packed_ptr=packed)
+        programs = chunk.rows * self.plan.sort_tiles
+        launch(sort_tiles_kernel, programs, how, **self.outputs, **order, packed_ptr=self.packed)
         launch(
             merge_tiles_kernel,
             programs,
             how,
             **order,
-            packed_ptr=packed,
+            packed_ptr=self.packed,
             indices_ptr=self.outputs["indices_ptr"],
             scores_ptr=self.scores,
-            LOG_TILE=self.sort_tile.bit_length() - 1,
+            LOG_TILE=self.plan.sort_tile.bit_length() - 1,
             MARK_HIDDEN=self.mark_hidden,
         )
 
 
 def _select_tile(columns: int) -> dict[str, Any]:
-    return {"TILE": min(triton.next_power_of_2(columns), SELECT_TILE), "ONE_TILE": columns <= SELECT_TILE}
+    return {"TILE": min(triton.next_power_of_2(columns), config.SELECT_TILE), "ONE_TILE": columns <= config.SELECT_TILE}

@@ -44,11 +44,10 @@ def pool_kernel(
     """One program a block, grid (B * M).
 
     means_ptr [B, M, D] gets the mean over the valid keys times |k_weight| * k_scale, accumulated in float32, rounded
-    once to the buffer's dtype; 0 for a block with no valid key; None where means are known already, and no key is read.
-    last_valid_ptr int32 [B, T] gets, where key_valid is
-    given, the last valid position of the token's block that is not after the token, or -1.  low_ptr and high_ptr
-    int64 [B, M] get, where segments are given, the least and the greatest segment of the block's valid keys; the
-    least is above the greatest where it has none.
+    once to the buffer's dtype; 0 for a block with no valid key.  Where it is None no key is read.  last_valid_ptr int32
+    [B, T] gets, where key_valid is given, the last valid position of the token's block that is not after the token, or
+    -1.  low_ptr and high_ptr int64 [B, M] get, where segments are given, the least and the greatest segment of the
+    block's valid keys; the least is above the greatest where it has none.
     """
     block = tl.program_id(0).to(tl.int64)
     batch = block // M
@@ -66,10 +65,11 @@ def pool_kernel(
         valid = exists
         if valid_ptr is not None:
             valid = exists & (tl.load(valid_ptr + batch * valid_sb + token * valid_st, mask=exists, other=0) != 0)
-            seen = tl.associative_scan(tl.where(valid, token, -1).to(tl.int32), 0, _larger)
-            seen = tl.maximum(seen, last)
-            tl.store(last_valid_ptr + batch * T + token, seen, mask=exists)
-            last = tl.max(seen, axis=0)
+            if last_valid_ptr is not None:
+                seen = tl.associative_scan(tl.where(valid, token, -1).to(tl.int32), 0, _larger)
+                seen = tl.maximum(seen, last)
+                tl.store(last_valid_ptr + batch * T + token, seen, mask=exists)
+                last = tl.max(seen, axis=0)
         if k_segment_ptr is not None:
             segment = tl.load(k_segment_ptr + batch * k_segment_sb + token * k_segment_st, mask=valid, other=0)
             segment = segment.to(tl.int64)

@@ -1,0 +1,117 @@
+"""What a call's sizes alone decide: the chunks its rows go in, the widths of the workspace, which kernels run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ..budget import Budget
+from . import config
+
+# A row of a chunk and the place of a kept block share an int32.
+_MOST_ROWS = 2**15 - 1
+_MOST_SLOTS = 2**16
+
+
+class Chunk(NamedTuple):
+    """Rows [first_row, first_row + rows): part of one batch's, or those of whole batches, of_batch each."""
+
+    first_row: int
+    rows: int
+    of_batch: int
+
+    @property
+    def batches(self) -> int:
+        return self.rows // self.of_batch
+
+
+def chunks_of_rows(batch: int, queries: int, most: int) -> Iterator[Chunk]:
+    """All rows in chunks of at most ``most``, the first of them the largest."""
+    if queries > most:
+        rows = triton.cdiv(queries, triton.cdiv(queries, most))
+        for b in range(batch):
+            for s in range(0, queries, rows):
+                here = min(rows, queries - s)
+                yield Chunk(b * queries + s, here, here)
+    else:
+        batches = triton.cdiv(batch, triton.cdiv(batch, most // queries))
+        for b in range(0, batch, batches):
+            yield Chunk(b * queries, min(batches, batch - b) * queries, queries)
+
+
+def rows_past_a_tile(rows: int, tiles: int, programs: int) -> int:
+    """Rows that go past one tile of vectors: as many as leave work for so many programs."""
+    return max(1, min(config.MOST_ROWS, rows * tiles // programs))
+
+
+class Plan:
+    """Attributes, all from sizes:
+
+    blocks, prune: how many blocks there are, and whether any is left out.
+    tiles: shapes of the products.
+    columns, pitch: candidates of a row, and the length of a row of scores in memory, a multiple of 16.
+    one_tile: a row's candidates fit the registers of the program that selects among them.
+    sort_tile, sort_tiles, merged: how rows are put in order; a row of several tiles is merged.
+    chunks: the rows in chunks; the workspace holds one.
+    by_block, token_tile: queries go past tiles of keys, or keys past a query, and the tile.
+    pairs_listed, pairs_of_item: see :mod:`.group`.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        queries: int,
+        heads: int,
+        dim: int,
+        tokens: int,
+        width: int,
+        budget: Budget,
+        dtype: torch.dtype,
+        sorted: bool,
+    ) -> None:
+        block_size, block_topk = budget
+        self.blocks = triton.cdiv(tokens, block_size)
+        self.prune = self.blocks > block_topk
+        self.tiles = config.score_tiles(heads, dim, dtype)
+        self.columns = budget.candidates if self.prune else tokens
+        self.one_tile = self.columns <= config.SELECT_TILE
+        self.sort_tile = min(triton.next_power_of_2(width), config.SORT_TILE)
+        self.sort_tiles = triton.cdiv(width, self.sort_tile)
+        self.merged = sorted and self.sort_tiles > 1
+        # Scores of blocks are no longer needed when scores of tokens are made.
+        self.pitch = 16 * triton.cdiv(max(self.columns, self.blocks if self.prune else 0), 16)
+
+        row_bytes = 4 * self.pitch + 4 + 4 * heads
+        if self.prune:
+            # Kept blocks; their places among the pairs of a block, the pairs, items.
+            row_bytes += self.blocks + 4 + 20 * block_topk
+        if not self.one_tile:
+            row_bytes += 4 * config.SELECT_TILE
+        if self.merged:
+            row_bytes += 8 * self.sort_tiles * self.sort_tile
+        most = max(1, min(config.WORKSPACE_BYTES // row_bytes, _MOST_ROWS))
+        self.chunks = list(chunks_of_rows(batch, queries, most))
+
+        rows = self.chunks[0].of_batch
+        tile = config.fitting(self.tiles.tile, block_size) if self.prune else self.tiles.tile
+        shared = not self.prune or rows * block_topk >= config.FEW_PAIRS * self.blocks
+        self.by_block = (
+            tile is not None
+            and dim <= self.tiles.tile_dim
+            and block_topk <= _MOST_SLOTS
+            and rows >= config.FEW_ROWS
+            and shared
+        )
+        self.token_tile = tile if self.by_block and tile is not None else self.tiles.tile
+        self.pairs_listed = self.by_block and self.prune
+        self.block_topk = block_topk
+        self.pairs_of_item = max(4, rows_past_a_tile(self.chunks[0].rows, block_topk, config.MANY_PROGRAMS))
+
+    def most_items(self, chunk: Chunk) -> int:
+        """A list of n pairs is cut into ceil(n / pairs_of_item) items."""
+        pairs = chunk.rows * self.block_topk
+        lists: int = chunk.batches * self.blocks
+        return pairs // self.pairs_of_item + min(lists, pairs)
