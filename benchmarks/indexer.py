@@ -166,9 +166,9 @@ def main() -> None:
         "# The indexer against its peers",
         f"`python -m benchmarks.indexer`, {torch.cuda.get_device_name()}, torch {torch.__version__}, Triton "
         f"{triton.__version__}; {options.queries} queries at the end of the context, H = {HEADS}, D = {DIM}, "
-        f"topk = {TOPK}, B = {BLOCK_SIZE}, m = {BLOCK_TOPK}, unsorted.  ms of a call (MiB besides results), and the ratio "
-        f"to `hisa` in the same dtype: below 1 the other is faster.  Ceilings: float8 {ceilings['fp8']:.0f}, bfloat16 "
-        f"{ceilings['bf16']:.0f} TFLOP/s." + (f"  Absent: {', '.join(absent)}." if absent else ""),
+        f"topk = {TOPK}, B = {BLOCK_SIZE}, m = {BLOCK_TOPK}, unsorted.  ms of a call (MiB besides results), and the "
+        f"ratio to `hisa` in the same dtype: below 1 the other is faster.  Ceilings: float8 {ceilings['fp8']:.0f}, "
+        f"bfloat16 {ceilings['bf16']:.0f} TFLOP/s." + (f"  Absent: {', '.join(absent)}." if absent else ""),
         "| context | " + " | ".join(names) + " |\n| --- |" + " --- |" * len(names),
     ]
     for context, row in raw["contexts"].items():
