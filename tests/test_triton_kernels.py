@@ -28,6 +28,7 @@ pytest.importorskip("triton")
 from hisa_compile.ops import Budget, Visibility, reference
 from hisa_compile.ops.triton import config, launch
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE
+from hisa_compile.ops.triton.refine_hopper import refine_by_block_hopper_kernel
 
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -737,7 +738,7 @@ def test_hoppers_kernel_gives_the_same_bits(
 
     with mock.patch.object(config, "FEW_PAIRS", 0), mock.patch.object(launch, "launch", note):
         got = run(case)
-        assert launch.refine_by_block_hopper_kernel in used
+        assert refine_by_block_hopper_kernel in used
         with mock.patch.object(launch, "is_hopper", return_value=False):
             used.clear()
             expected = run(case)

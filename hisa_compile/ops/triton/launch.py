@@ -29,7 +29,6 @@ from .operands import FP8_BITS, FP8_NATIVE, FP8_NONE
 from .plan import Chunk, Plan, rows_past_a_tile
 from .pool import pool_kernel
 from .refine import refine_by_block_kernel, refine_by_row_kernel
-from .refine_hopper import refine_by_block_hopper_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
 
 
@@ -372,7 +371,10 @@ class _Call:
             tiles = triton.cdiv(self.tokens, self.plan.token_tile)
             group = rows_past_a_tile(chunk.rows, tiles, config.MANY_PROGRAMS)
             programs = chunk.batches * tiles * triton.cdiv(chunk.of_batch, group)
-        kernel: Any = refine_by_block_hopper_kernel if self.hopper else refine_by_block_kernel
+        kernel: Any = refine_by_block_kernel
+        if self.hopper:
+            # Gluon is young: only who needs it depends on it.
+            from .refine_hopper import refine_by_block_hopper_kernel as kernel
         how = (config.hopper_launch if self.hopper else config.by_block_launch)(self.plan.tiles, self.dtype)
         launch(
             kernel,
