@@ -6,6 +6,7 @@ runs.  Under the interpreter kernels are plain Python functions, so these tests 
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,9 +116,7 @@ def compile_launch(recorded: Recorded, arch: str) -> Any:
             hints[(position,)] = [["tt.divisibility", 16]]
     language = GluonASTSource if kernel.is_gluon() else ASTSource
     source = language(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    options = {"num_warps": how.num_warps, "num_stages": how.stages}
-    if how.maxnreg is not None and not arch.startswith("gfx"):
-        options["maxnreg"] = how.maxnreg
+    options = launch.launch_options(how, hip=arch.startswith("gfx"))
     return triton.compile(source, target=TARGETS[arch][0], options=options)
 
 
@@ -188,6 +187,40 @@ def test_tensors_that_are_not_given_are_not_loaded(monkeypatch: pytest.MonkeyPat
     with_weight = loads(k_weight=torch.ones(1, 16384))
     assert {name for name in plain if with_segments[name] > plain[name]} == LOADS
     assert {name for name in plain if with_weight[name] > plain[name]} == LOADS - {"coarse_kernel"}
+
+
+def sum_layout(compiled: Any) -> str:
+    """The layout in which heads are summed: which thread has which."""
+    code = compiled.asm["ttgir"]
+    (operand,) = set(re.findall(r"\}\) : \(tensor<\d+x\d+xf32, (#\w+)>\) -> tensor<\d+xf32", code))
+    return re.search(rf"^{operand} = (.*)$", code, re.MULTILINE).group(1)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(("heads", "block_size"), [(64, 64), (32, 64), (64, 128), (128, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_every_kernel_sums_heads_in_the_same_order(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, heads: int, block_size: int, arch: str
+) -> None:
+    """By row, by block and in the fill, so that no slicing of the queries changes a score's bits."""
+    budget = Budget(block_size, 8192 // block_size)
+    layouts: dict[str, str] = {}
+    for queries in (1, 1024):
+        for kernel, *rest in record(monkeypatch, dtype, arch, heads=heads, budget=budget, queries=queries):
+            if kernel.__name__.startswith(("refine", "fill")):
+                layouts[kernel.__name__] = sum_layout(compile_launch((kernel, *rest), arch))
+    assert len(layouts) == 3
+    assert len(set(layouts.values())) == 1, layouts
+
+
+def test_small_blocks_go_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of another size would sum heads in another order."""
+    for block_size in (16, 32, 96, 192):
+        launches = record(
+            monkeypatch, torch.bfloat16, "sm_90", budget=Budget(block_size, -(-2048 // block_size)), queries=1024
+        )
+        names = [kernel.__name__ for kernel, *_ in launches]
+        assert ("refine_by_row_kernel" in names) == (block_size != 192)
 
 
 def test_long_rows_compile(monkeypatch: pytest.MonkeyPatch) -> None:

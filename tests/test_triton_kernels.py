@@ -56,7 +56,7 @@ def garbage_in_new_memory() -> Iterator[None]:
 
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
         x = empty(*args, **kwargs)
-        return x.fill_(math.nan) if x.is_floating_point() else x.random_()
+        return x.fill_(math.nan) if x.is_floating_point() else x.random_(torch.iinfo(x.dtype).min, None)
 
     with mock.patch.object(torch, "empty", poisoned):
         yield
@@ -194,9 +194,9 @@ def small_tiles(workspace: int = 1) -> Iterator[None]:
     """Tiles and workspace so small that every loop over tiles, groups of tiles and chunks of rows runs often."""
     tiles = config.score_tiles
 
-    def small(heads: int, dim: int, dtype: torch.dtype) -> config.Tiles:
+    def small(heads: int, dim: int, dtype: torch.dtype, block_size: int) -> config.Tiles:
         # A product of float8 adds at least 32 at a time.
-        return tiles(heads, dim, dtype)._replace(tile=16, tile_dim=32 if ON_GPU and dtype == FP8 else 16)
+        return tiles(heads, dim, dtype, block_size)._replace(tile=16, tile_dim=32 if ON_GPU and dtype == FP8 else 16)
 
     values = {
         "score_tiles": small,

@@ -1,6 +1,7 @@
 """Tile shapes and launch configurations, which no user's first call has to search for.
 
-Tiles of products depend on H, D and the dtype alone, so that no other size can change a score's bits.
+Tiles of products depend on H, D, dtype and block size alone, and all kernels of a call have the same, so that no other
+size can change a score's bits.
 """
 
 from __future__ import annotations
@@ -46,16 +47,21 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def score_tiles(heads: int, dim: int, dtype: torch.dtype) -> Tiles:
-    """Tile shapes from H, D and dtype alone."""
+def score_tiles(heads: int, dim: int, dtype: torch.dtype, block_size: int) -> Tiles:
+    """Tile shapes from H, D, dtype and the block size alone, the same for every kernel of a call.
+
+    A block is a number of whole tiles where it has 64 tokens, 128 or a multiple.
+    """
     padded_heads = max(16, triton.next_power_of_2(heads))
     padded_dim = max(16, triton.next_power_of_2(dim))
+    num_warps = 4 if padded_heads <= 64 else 8
     if dtype == torch.float32:
         # No tensor cores: the product is unrolled into multiply-adds, a small tile keeps that in registers.
-        return Tiles(64, min(padded_dim, 32), padded_heads, 4 if padded_heads <= 64 else 8)
+        return Tiles(64, min(padded_dim, 32), padded_heads, num_warps)
     if dtype == torch.float8_e4m3fn:
         padded_dim = max(32, padded_dim)
-    return Tiles(128, padded_dim if padded_dim <= 128 else 64, padded_heads, 4 if padded_heads <= 64 else 8)
+    tile = 64 if block_size % 128 == 64 else 128
+    return Tiles(tile, padded_dim if padded_dim <= 128 else 64, padded_heads, num_warps)
 
 
 class Launch(NamedTuple):
@@ -86,12 +92,3 @@ def select_launch(columns: int) -> Launch:
     """One warp counts short rows without waiting for others."""
     width = triton.next_power_of_2(columns)
     return Launch(1, 1 if width <= 512 else 4 if width <= 2048 else 8, 128 if width > 2048 else None)
-
-
-def fitting(tile: int, size: int) -> int | None:
-    """The largest tile of at most ``tile`` and at least 64 vectors (less only if ``tile`` is) that divides ``size``."""
-    while tile >= 64 or size % tile == 0:
-        if size % tile == 0:
-            return tile
-        tile //= 2
-    return None

@@ -19,7 +19,9 @@ HIDDEN_BITS = tl.constexpr(-1)
 @triton.jit
 def score_bits(score, visible):
     """The bits of a score as :func:`stored_key` wants them, ``HIDDEN_BITS`` where not ``visible`` (None: all are)."""
-    bits = tl.where(score != score, NAN_KEY, (score + 0.0).to(tl.int32, bitcast=True))
+    # Not score + 0.0, which may become one operation with what made a -0.0 by rounding.
+    bits = tl.where(score == 0.0, 0, score.to(tl.int32, bitcast=True))
+    bits = tl.where(score != score, NAN_KEY, bits)
     if visible is not None:
         bits = tl.where(visible, bits, HIDDEN_BITS)
     return bits

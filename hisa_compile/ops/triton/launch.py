@@ -48,10 +48,15 @@ def is_hopper(q: Tensor) -> bool:
     return q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
-def launch(kernel: Any, programs: int, options: Launch, **arguments: Any) -> None:
+def launch_options(how: Launch, hip: bool) -> dict[str, int]:
+    """``how`` as Triton's options; AMD's compiler takes no limit on registers."""
+    options = {"num_warps": how.num_warps, "num_stages": how.stages}
+    return options if hip or how.maxnreg is None else options | {"maxnreg": how.maxnreg}
+
+
+def launch(kernel: Any, programs: int, how: Launch, **arguments: Any) -> None:
     """Every kernel launch of the operator goes through here (tests record and compile them)."""
-    limits = {} if options.maxnreg is None else {"maxnreg": options.maxnreg}
-    kernel[(programs,)](**arguments, num_warps=options.num_warps, num_stages=options.stages, **limits)
+    kernel[(programs,)](**arguments, **launch_options(how, torch.version.hip is not None))
 
 
 def _strided(name: str, x: Tensor | None, dims: str, fp8: int = FP8_BITS) -> dict[str, Any]:
@@ -182,7 +187,10 @@ class _Call:
             and q.stride(3) == 1
             and all(stride % 16 == 0 for stride in q.stride()[:3])
             and q.data_ptr() % 16 == 0
-            and self.plan.token_tile >= 16 * tiles.num_warps
+            and self.dim * q.dtype.itemsize % 16 == 0
+            and tiles.tile >= 16 * tiles.num_warps
+            # What one product instruction takes.
+            and tiles.padded_heads <= 256
         )
         self.shape = {
             "H": heads,
@@ -345,11 +353,11 @@ class _Call:
 
     def refine(self, chunk: Chunk, at: dict[str, int]) -> None:
         """Scores of candidate tokens."""
-        work = self.query | self.keys | self.seen | at | self.shape | {"TILE": self.plan.token_tile}
+        work = self.query | self.keys | self.seen | at | self.shape
         work |= {"token_scores_ptr": self.score_bits, "pitch": self.plan.pitch}
         if not self.plan.by_block:
-            tiles = triton.cdiv(self.plan.columns, self.plan.token_tile)
-            share = max(1, min(tiles, chunk.rows * tiles // config.MANY_PROGRAMS)) * self.plan.token_tile
+            tiles = triton.cdiv(self.plan.columns, self.plan.tiles.tile)
+            share = max(1, min(tiles, chunk.rows * tiles // config.MANY_PROGRAMS)) * self.plan.tiles.tile
             groups = triton.cdiv(self.plan.columns, share)
             how = config.by_row_launch(self.plan.tiles, self.dtype)
             launch(
@@ -366,9 +374,9 @@ class _Call:
             return
         if self.plan.pairs_listed:
             group = self.plan.pairs_of_item
-            programs = self.plan.most_items(chunk) * (self.block_size // self.plan.token_tile)
+            programs = self.plan.most_items(chunk) * (self.block_size // self.plan.tiles.tile)
         else:
-            tiles = triton.cdiv(self.tokens, self.plan.token_tile)
+            tiles = triton.cdiv(self.tokens, self.plan.tiles.tile)
             group = rows_past_a_tile(chunk.rows, tiles, config.MANY_PROGRAMS)
             programs = chunk.batches * tiles * triton.cdiv(chunk.of_batch, group)
         kernel: Any = refine_by_block_kernel

@@ -56,7 +56,7 @@ class Plan:
     one_tile: a row's candidates fit the registers of the program that selects among them.
     sort_tile, sort_tiles, merged: how rows are put in order; a row of several tiles is merged.
     chunks: the rows in chunks; the workspace holds one.
-    by_block, token_tile: queries go past tiles of keys, or keys past a query, and the tile.
+    by_block: queries go past tiles of keys; else keys past a query.
     pairs_listed, pairs_of_item: see :mod:`.group`.
     """
 
@@ -75,7 +75,7 @@ class Plan:
         block_size, block_topk = budget
         self.blocks = triton.cdiv(tokens, block_size)
         self.prune = self.blocks > block_topk
-        self.tiles = config.score_tiles(heads, dim, dtype)
+        self.tiles = config.score_tiles(heads, dim, dtype, block_size)
         self.columns = budget.candidates if self.prune else tokens
         self.one_tile = self.columns <= config.SELECT_TILE
         self.sort_tile = min(triton.next_power_of_2(width), config.SORT_TILE)
@@ -86,7 +86,7 @@ class Plan:
 
         row_bytes = 4 * self.pitch + 4 + 4 * heads
         if self.prune:
-            # Kept blocks; their places among the pairs of a block, the pairs, items.
+            # Kept blocks, their places among the pairs of a block, the pairs, and items of at least 4 pairs.
             row_bytes += self.blocks + 4 + 20 * block_topk
         if not self.one_tile:
             row_bytes += 4 * config.SELECT_TILE
@@ -96,16 +96,18 @@ class Plan:
         self.chunks = list(chunks_of_rows(batch, queries, most))
 
         rows = self.chunks[0].of_batch
-        tile = config.fitting(self.tiles.tile, block_size) if self.prune else self.tiles.tile
-        shared = not self.prune or rows * block_topk >= config.FEW_PAIRS * self.blocks
         self.by_block = (
-            tile is not None
-            and dim <= self.tiles.tile_dim
-            and block_topk <= _MOST_SLOTS
+            dim <= self.tiles.tile_dim
             and rows >= config.FEW_ROWS
-            and shared
+            and (
+                not self.prune
+                or (
+                    block_size % self.tiles.tile == 0
+                    and block_topk <= _MOST_SLOTS
+                    and rows * block_topk >= config.FEW_PAIRS * self.blocks
+                )
+            )
         )
-        self.token_tile = tile if self.by_block and tile is not None else self.tiles.tile
         self.pairs_listed = self.by_block and self.prune
         self.block_topk = block_topk
         self.pairs_of_item = max(4, rows_past_a_tile(self.chunks[0].rows, block_topk, config.MANY_PROGRAMS))

@@ -169,7 +169,7 @@ def refine_by_block_hopper_kernel(
             async_copy.wait_group(STAGES - 2)
             fence_async_shared()
             products = warpgroup_mma(keys, q_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            # The stage of the row before: everyone is past it.
+            # The stage of the row before: everyone is past it, at the barrier that the compiler puts behind a wait.
             free = gl.where(stage == 0, STAGES - 1, stage - 1)
             _fetch(q_tiles.index(free), w_tiles.index(free), q_ptr, q_ss, q_sh, w_ptr, w_sr, query_of_row + fetched,
                    fetched, h, d, hw, H, D)  # fmt: skip
@@ -199,7 +199,8 @@ def refine_by_block_hopper_kernel(
                 scores = scores * gl.abs(scale)
             if factor is not None:
                 scores = scores * factor
-            bits = gl.where(scores != scores, NAN_KEY, (scores + 0.0).to(gl.int32, bitcast=True))
+            bits = gl.where(scores == 0.0, 0, scores.to(gl.int32, bitcast=True))
+            bits = gl.where(scores != scores, NAN_KEY, bits)
             low = 0
             high = past
             if start_ptr is not None:

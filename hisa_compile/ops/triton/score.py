@@ -1,9 +1,9 @@
 """What the scoring kernels share: I = factor * |scale| * sum_h w[h] * ReLU(sign(scale) * (q[h] . x)).
 
 Vectors (tokens, block means) are the rows of the product [TILE, D] @ [D, heads], so that a score depends on nothing but
-its own vector and query, and the heads are summed within a thread and its three neighbours.  Shapes of the product
-depend on H, D and the dtype only: the bits of a score are the same for every batch position, every slicing of the
-queries and every kernel here.  Loads whose layout could reach the sum over heads are never specialised on an alignment
+its own vector and query, and heads are summed within a few threads.  Shapes of the product depend on H, D, the dtype
+and the block size only: the bits of a score are the same for every batch position, every slicing of the queries and
+every kernel here.  Loads whose layout could reach the sum over heads are never specialised on an alignment
 that may vary (k_scale, k_weight), or always have the same (weights).
 """
 

@@ -336,5 +336,7 @@ def select_tokens_kernel(
         if kept_ptr is not None:
             block = tl.load(kept_ptr + chosen_column // BLOCK_SIZE, mask=wanted, other=0)
             chosen_column = block * BLOCK_SIZE + chosen_column % BLOCK_SIZE
+        # Several warps may hold the same entries, and all of them must have read the column before it is replaced.
+        tl.debug_barrier()
         if kept_ptr is not None or not ONE_TILE:
             tl.store(indices_ptr + chosen, chosen_column, mask=wanted)
