@@ -1,8 +1,8 @@
 """The refinement stage: scores of candidate tokens, by block or by row.
 
-By block (many rows, blocks of at least 64 tokens): the keys of a block stay where they are and the queries that kept it
-go past them.  By row (few rows, as in decoding, small blocks, float32): a row's candidates are gathered past its query.
-Both give the same bits.
+By block (many rows, blocks of a multiple of 64 tokens): the keys of a block stay where they are and the queries that
+kept it go past them.  By row (few rows, as in decoding, small blocks, float32): a row's candidates are gathered past
+its query.  Both give the same bits.
 """
 
 from __future__ import annotations
