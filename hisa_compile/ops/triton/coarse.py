@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .keys import score_bits
 from .operands import FP8_NONE
-from .score import head_sum, load_query, load_vectors, load_weights, multiply
+from .score import head_sum, load_query, load_vectors, load_weights, multiply, real_heads
 from .visible import eligible_blocks, group_touches, row_segment, row_window
 
 
@@ -85,5 +85,5 @@ def coarse_kernel(
                     x = load_vectors(mean_ptr, means_sd, exists, d, D, TILE_D, FP8_NONE)
                     part = load_query(row_q_ptr, q_sh, q_sd, d, H, D, PADDED_H, TILE_D, FP8)
                     products = multiply(x, part, products, WIDEN)
-            scores = head_sum(products, weights, None, None, None, H)
+            scores = head_sum(products, weights, real_heads(H, PADDED_H), None, None, None)
             tl.store(block_scores_ptr + row.to(tl.int64) * pitch + column, score_bits(scores, eligible), mask=exists)

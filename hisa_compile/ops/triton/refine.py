@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .keys import HIDDEN_BITS, score_bits
 from .operands import load_factor
-from .score import head_sum, is_any_negative, load_query, load_vectors, load_weights, multiply, score_tile
+from .score import head_sum, is_any_negative, load_query, load_vectors, load_weights, multiply, real_heads, score_tile
 from .visible import group_touches, row_coordinates, row_segment, row_window, visible_tokens
 
 
@@ -116,7 +116,7 @@ def refine_by_block_kernel(
             if mask_ptr is not None:
                 row_mask_ptr += query_index * mask_ss
             products = multiply(keys, query, tl.zeros([TILE, PADDED_H], tl.float32), WIDEN)
-            scores = head_sum(products, weights, scale, any_negative, factor, H)
+            scores = head_sum(products, weights, real_heads(H, PADDED_H), scale, any_negative, factor)
             bits = score_bits(scores, None)
             # Nearly every tile is seen whole where only windows say what is seen.
             if look or (start > first_token) | (end < first_token + TILE):

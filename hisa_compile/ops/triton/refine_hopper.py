@@ -8,13 +8,13 @@ registers, which halves that; Triton itself keeps what it has loaded in shared m
 
 from __future__ import annotations
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from .keys import HIDDEN_BITS, NAN_KEY
+from .keys import HIDDEN_BITS, score_bits
+from .score import head_sum
 
 
 @gluon.jit
@@ -154,8 +154,9 @@ def refine_by_block_hopper_kernel(
             mask=(key_token < T)[:, None] & (key_dim < D)[None, :],
             other=0.0,
         )
-        padding: gl.constexpr = PADDED_H != H
-        real = gl.arange(0, PADDED_H, layout=heads) < H
+        real = None
+        if PADDED_H != H:
+            real = gl.arange(0, PADDED_H, layout=heads) < H
         zeros = gl.zeros([TILE, PADDED_H], gl.float32, layout=product)
 
         # Pairs are loaded an iteration early: what is fetched now, and what is scored next.
@@ -188,19 +189,8 @@ def refine_by_block_hopper_kernel(
             weights = w_tiles.index(stage).load(heads)
 
             products = warpgroup_mma_wait(0, deps=[products])
-            if scale is not None:  # noqa: SIM102 (the one is known when the kernel is compiled, the other is not)
-                if any_negative:
-                    products = products * gl.where(scale < 0.0, -1.0, 1.0)[:, None]
-            products = gl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL) * weights[None, :]
-            if padding:
-                products = gl.where(real[None, :], products, 0.0)
-            scores = gl.sum(products, axis=1)
-            if scale is not None:
-                scores = scores * gl.abs(scale)
-            if factor is not None:
-                scores = scores * factor
-            bits = gl.where(scores == 0.0, 0, scores.to(gl.int32, bitcast=True))
-            bits = gl.where(scores != scores, NAN_KEY, bits)
+            scores = head_sum(products, weights, real, scale, any_negative, factor)
+            bits = score_bits(scores, None)
             low = 0
             high = past
             if start_ptr is not None:

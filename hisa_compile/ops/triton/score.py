@@ -46,8 +46,17 @@ def multiply(x, query, products, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def head_sum(products, weights, scale, any_negative, factor, H: tl.constexpr):
-    """Scores float32 [TILE] from products [TILE, PADDED_H].
+def real_heads(H: tl.constexpr, PADDED_H: tl.constexpr):
+    """Which of the padded heads are some; None where all are."""
+    real = None
+    if PADDED_H != H:
+        real = tl.arange(0, PADDED_H) < H
+    return real
+
+
+@triton.jit
+def head_sum(products, weights, real, scale, any_negative, factor):
+    """Scores float32 [TILE] from products [TILE, PADDED_H]; ``real`` as :func:`real_heads` gives it.
 
     ``scale``, which multiplies the vector, and ``factor``, which multiplies its score: float32 [TILE] or None.
     ``any_negative``: whether any scale is below 0.  A magnitude is taken out of the ReLU, which saves a
@@ -58,10 +67,9 @@ def head_sum(products, weights, scale, any_negative, factor, H: tl.constexpr):
             products = products * tl.where(scale < 0.0, -1.0, 1.0)[:, None]
     # NaN must stay NaN.
     products = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL) * weights[None, :]
-    PADDED_H: tl.constexpr = weights.shape[0]
     # Padded heads would turn an infinite key into 0 * inf.
-    if PADDED_H != H:
-        products = tl.where((tl.arange(0, PADDED_H) < H)[None, :], products, 0.0)
+    if real is not None:
+        products = tl.where(real[None, :], products, 0.0)
     scores = tl.sum(products, axis=1)
     if scale is not None:
         scores = scores * tl.abs(scale)
@@ -99,4 +107,4 @@ def score_tile(
             x = load_vectors(x_ptr, x_sd, wanted, first, D, TILE_D, X_FP8)
             part = load_query(q_ptr, q_sh, q_sd, first, H, D, PADDED_H, TILE_D, Q_FP8)
             products = multiply(x, part, products, WIDEN)
-    return head_sum(products, weights, scale, is_any_negative(scale), factor, H)
+    return head_sum(products, weights, real_heads(H, PADDED_H), scale, is_any_negative(scale), factor)
