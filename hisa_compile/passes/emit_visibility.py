@@ -157,6 +157,7 @@ class _Values:
                 return emit.call(aten.where.self, self.boolean(condition, dims), *branches)
             case Not() | Compare() | AnyOf():
                 return emit.cast(self.boolean(term, dims), torch.int64)
+        # No rule makes such a condition today; one that does is told so, and its site is left alone and reported.
         raise NotImplementedError(f"no vector is computed for {type(term).__name__} in a mask")
 
     def arithmetic(

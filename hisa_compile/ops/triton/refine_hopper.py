@@ -3,7 +3,8 @@
 What binds there is shared memory: a product of 64 tokens with 64 heads reads both operands from it at just the rate at
 which it can be read, so that nothing else fits beside it.  Here the keys, which stay for many queries, are in
 registers, which halves that; Triton itself keeps what it has loaded in shared memory.  The rest is as in
-:mod:`.refine`, with the same bits.
+:mod:`.refine`, with the same bits: what works on layouts that are given already is called from the same modules, what
+makes layouts has to say which, and so is written here.
 """
 
 from __future__ import annotations
@@ -14,16 +15,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from .keys import HIDDEN_BITS, score_bits
-from .score import head_sum
-
-
-@gluon.jit
-def _bound(ptr, stride_batch, stride_row, batch, query):
-    """A row's window bound as it is given; 0 where there is none."""
-    bound = 0
-    if ptr is not None:
-        bound = gl.load(ptr + batch * stride_batch + query * stride_row)
-    return bound
+from .operands import load_factor
+from .score import head_sum, is_any_negative
+from .visible import row_segment, row_window, visible_tokens
 
 
 @gluon.jit
@@ -136,17 +130,16 @@ def refine_by_block_hopper_kernel(
         position = gl.arange(0, TILE, layout=tokens)
         token = first_token + position
         exists = token < T
-        scale = None
-        any_negative = False
-        if scale_ptr is not None:
-            scale = gl.load(scale_ptr + batch * scale_sb + token * scale_st, mask=exists, other=0.0)
-            any_negative = gl.min(scale, axis=0) < 0.0
-        factor = None
-        if k_weight_ptr is not None:
-            factor = gl.load(k_weight_ptr + batch * k_weight_sb + token * k_weight_st, mask=exists, other=0.0)
+        scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, exists)
+        factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, exists)
+        any_negative = is_any_negative(scale)
         look: gl.constexpr = valid_ptr is not None or mask_ptr is not None or k_segment_ptr is not None
-        # Of the tile's tokens, those that there are.
-        past = gl.minimum(T - first_token, TILE).to(gl.int32)
+        if valid_ptr is not None:
+            valid_ptr += batch * valid_sb
+        if mask_ptr is not None:
+            mask_ptr += batch * mask_sb
+        if k_segment_ptr is not None:
+            k_segment_ptr += batch * k_segment_sb
         key_token = first_token + gl.arange(0, TILE, layout=gl.SliceLayout(1, of_keys))
         key_dim = gl.arange(0, TILE_D, layout=gl.SliceLayout(0, of_keys))
         keys = gl.load(
@@ -184,37 +177,26 @@ def refine_by_block_hopper_kernel(
                 column = first_token
                 fetched = batch_here * rows_per_batch + gl.minimum(i + STAGES, last - 1)
             query = query_of_row + row
-            start = _bound(start_ptr, start_sb, start_ss, batch, query)
-            end = _bound(end_ptr, end_sb, end_ss, batch, query)
+            start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query, T)
+            segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query)
+            row_mask_ptr = mask_ptr
+            if mask_ptr is not None:
+                row_mask_ptr += query * mask_ss
             weights = w_tiles.index(stage).load(heads)
 
             products = warpgroup_mma_wait(0, deps=[products])
             scores = head_sum(products, weights, real, scale, any_negative, factor)
             bits = score_bits(scores, None)
-            low = 0
-            high = past
-            if start_ptr is not None:
-                low = gl.minimum(gl.maximum(start - first_token, 0), TILE).to(gl.int32)
-            if end_ptr is not None:
-                high = gl.minimum(gl.maximum(end - first_token, 0), past).to(gl.int32)
             # Nearly every tile is seen whole where only windows say what is seen.
-            if look or (low > 0) | (high < TILE):
-                visible = (position >= low) & (position < high)
-                here = first_token + position
-                if valid_ptr is not None:
-                    at = valid_ptr + batch * valid_sb + here * valid_st
-                    visible = visible & (gl.load(at, mask=visible, other=0) != 0)
-                if mask_ptr is not None:
-                    at = mask_ptr + batch * mask_sb + query * mask_ss + here * mask_st
-                    visible = visible & (gl.load(at, mask=visible, other=0) != 0)
-                if k_segment_ptr is not None:
-                    segment = _bound(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query).to(gl.int64)
-                    at = k_segment_ptr + batch * k_segment_sb + here * k_segment_st
-                    visible = visible & (gl.load(at, mask=visible, other=0).to(gl.int64) == segment)
+            if look or (start > first_token) | (end < first_token + TILE):
+                visible = visible_tokens(
+                    first_token + position, start, end, valid_ptr, valid_st, row_mask_ptr, mask_st,
+                    k_segment_ptr, k_segment_st, segment,
+                )  # fmt: skip
                 bits = gl.where(visible, bits, HIDDEN_BITS)
             out = token_scores_ptr + row.to(gl.int64) * pitch + column + position
             if items_ptr is None:
-                gl.store(out, bits, mask=position < past)
+                gl.store(out, bits, mask=exists)
             else:
                 # Every column of a kept block is read later, also those past the last token.
                 gl.store(out, bits)

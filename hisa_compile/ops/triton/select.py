@@ -63,6 +63,17 @@ def _next_pivot(low, high, at_low, above_high, wanted, step):
 
 
 @triton.jit
+def _narrowed(low, high, at_low, above_high, wanted, pivot, count):
+    """The bracket, and what is counted of it, once ``count`` keys are known to be >= ``pivot``."""
+    enough = count >= wanted
+    low = tl.where(enough, pivot, low)
+    at_low = tl.where(enough, count, at_low)
+    high = tl.where(enough, high, pivot - 1)
+    above_high = tl.where(enough, above_high, count)
+    return low, high, at_low, above_high
+
+
+@triton.jit
 def _cut(low, at_low, above_high, wanted):
     """(threshold, ties) of a bracket that is closed: take the keys above the threshold and ``ties`` equal to it."""
     whole = at_low == wanted
@@ -86,11 +97,7 @@ def kth_key(keys, wanted):
     while (low < high) & (at_low != wanted):
         pivot = _next_pivot(low, high, at_low, above_high, wanted, step)
         count = _count(keys >= pivot)
-        enough = count >= wanted
-        low = tl.where(enough, pivot, low)
-        at_low = tl.where(enough, count, at_low)
-        high = tl.where(enough, high, pivot - 1)
-        above_high = tl.where(enough, above_high, count)
+        low, high, at_low, above_high = _narrowed(low, high, at_low, above_high, wanted, pivot, count)
         step += 1
     return _cut(low, at_low, above_high, wanted)
 
@@ -132,11 +139,7 @@ def _kth_key_in_memory(wanted, scores_ptr, first, past, pitch, skip_first, skip_
             column = _columns(base, TILE)
             keys = _but(_load_keys(scores_ptr, column, first, past, pitch), column, skip_first, skip_last)
             count += _count(keys >= pivot)
-        enough = count >= wanted
-        low = tl.where(enough, pivot, low)
-        at_low = tl.where(enough, count, at_low)
-        high = tl.where(enough, high, pivot - 1)
-        above_high = tl.where(enough, above_high, count)
+        low, high, at_low, above_high = _narrowed(low, high, at_low, above_high, wanted, pivot, count)
         step += 1
     return _cut(low, at_low, above_high, wanted)
 
