@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
 from hisa_compile.ops import Budget, Visibility  # noqa: E402
 from hisa_compile.ops.triton import config, launch  # noqa: E402
@@ -105,6 +106,10 @@ def compile_launch(recorded: Recorded, arch: str) -> Any:
         if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(position,)] = value
+            continue
+        if isinstance(value, TensorDescriptor):
+            element = POINTERS[value.base.dtype][1:]
+            signature[parameter.name] = f"tensordesc<{element}{value.block_shape},{value.layout!r}>"
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]

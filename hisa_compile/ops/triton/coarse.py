@@ -8,7 +8,7 @@ import triton.language as tl
 from .keys import score_bits
 from .operands import FP8_NONE
 from .score import head_sum, load_query, load_vectors, load_weights, multiply, real_heads
-from .visible import eligible_blocks, group_touches, row_segment, row_window
+from .visible import eligible_blocks, group_window, row_segment, row_window
 
 
 @triton.jit(
@@ -45,10 +45,11 @@ def coarse_kernel(
     first = group * group_rows
     last = tl.minimum(first + group_rows, rows_per_batch)
     low = tile.to(tl.int64) * TILE * BLOCK_SIZE
-    if group_touches(
-        low, low + TILE * BLOCK_SIZE, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss,
-        batch, first_query + first, last - first, T, MOST_ROWS,
-    ):  # fmt: skip
+    touched, _ = group_window(
+        tl.arange(0, MOST_ROWS), low, low + TILE * BLOCK_SIZE, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss,
+        batch, first_query + first, last - first, T,
+    )  # fmt: skip
+    if touched:
         q_ptr += batch * q_sb
         if valid_ptr is not None:
             valid_ptr += batch * valid_sb

@@ -4,13 +4,28 @@ Neighbouring queries keep mostly the same blocks, and any 1024 queries keep each
 average.  With the pairs of a block side by side its keys are read once for many of them; query by query they are read
 anew each time, which at one byte an element is more than the L2 cache delivers in the time of the products.
 
-A pair is row * 2^16 + slot: the row within the chunk and the place in its list of kept blocks.
+A pair is row * 2^16 + slot: the row within the chunk and the place in its list of kept blocks, plus IS_CUT where the
+row's window does not hold the whole block: all others are seen whole as far as windows go.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .visible import row_coordinates, row_window
+
+IS_CUT = tl.constexpr(2**15)
+
+
+@triton.jit
+def pair_row(pair):
+    return pair >> 16
+
+
+@triton.jit
+def pair_slot(pair):
+    return pair & 32767
 
 
 @triton.jit(do_not_specialize=["lists", "most_pairs"])
@@ -46,10 +61,12 @@ def list_items_kernel(
         tl.store(item_count_ptr, tl.sum(items, axis=0) + tl.sum(parts, axis=0))
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_batch", "M", "block_topk", "lists"])
+@triton.jit(do_not_specialize=["first_row", "rows", "rows_per_batch", "S", "T", "M", "block_topk", "lists"])
 def sort_pairs_kernel(
+    start_ptr, start_sb, start_ss,
+    end_ptr, end_sb, end_ss,
     kept_ptr, kept_count_ptr, rank_ptr, offsets_ptr, pairs_ptr, counts_ptr,
-    rows, rows_per_batch, M, block_topk, lists, TILE: tl.constexpr,
+    first_row, rows, rows_per_batch, S, T, M, block_topk, lists, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(rows * block_topk, TILE)).  kept_ptr, rank_ptr int32 [rows, block_topk]: a row's kept blocks, and each
     one's place among the pairs of that block, in any order; pairs_ptr int32 [rows * block_topk] gets the pairs.
@@ -66,4 +83,9 @@ def sort_pairs_kernel(
     block = tl.load(kept_ptr + entry, mask=listed, other=0)
     place = tl.load(offsets_ptr + row // rows_per_batch * M + block, mask=listed, other=0)
     place += tl.load(rank_ptr + entry, mask=listed, other=0)
-    tl.store(pairs_ptr + place, row * 65536 + slot, mask=listed)
+    # Entries past the last row have no window to be read.
+    _, batch, query = row_coordinates(first_row, tl.minimum(row, rows - 1), S)
+    start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query, T)
+    token = block.to(tl.int64) * BLOCK_SIZE
+    cut = (token < start) | (token + BLOCK_SIZE > end)
+    tl.store(pairs_ptr + place, row * 65536 + slot + tl.where(cut, IS_CUT, 0), mask=listed)

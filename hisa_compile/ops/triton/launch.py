@@ -23,6 +23,7 @@ from ..visibility import Visibility
 from . import config
 from .coarse import coarse_kernel
 from .config import Launch
+from .descriptor import describe, query_rows
 from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_kernel
 from .group import list_items_kernel, sort_pairs_kernel
 from .operands import FP8_BITS, FP8_NATIVE, FP8_NONE
@@ -179,19 +180,12 @@ class _Call:
         self.query = _strided("q", q, "bshd", fp8)
         self.weights = weights
         tiles = self.plan.tiles
-        # Queries are copied 16 bytes at a time there, and four warps share 64 tokens.
-        self.hopper = (
-            self.plan.by_block
-            and is_hopper(q)
-            and q.dtype.itemsize < 4
-            and q.stride(3) == 1
-            and all(stride % 16 == 0 for stride in q.stride()[:3])
-            and q.data_ptr() % 16 == 0
-            and self.dim * q.dtype.itemsize % 16 == 0
-            and tiles.tile >= 16 * tiles.num_warps
-            # What one product instruction takes.
-            and tiles.padded_heads <= 256
-        )
+        # Four warps share 64 tokens there, and one product instruction takes at most 256 heads.
+        self.query_rows = None
+        if self.plan.by_block and is_hopper(q) and q.dtype.itemsize < 4:
+            if tiles.tile >= 16 * tiles.num_warps and tiles.padded_heads <= 256:
+                self.query_rows = query_rows(q)
+        self.q = q
         self.shape = {
             "H": heads,
             "D": self.dim,
@@ -242,7 +236,7 @@ class _Call:
             if self.plan.prune:
                 self.coarse(chunk, at, means)
                 if self.plan.pairs_listed:
-                    self.list_pairs(chunk)
+                    self.list_pairs(chunk, at)
             self.refine(chunk, at)
             self.select(chunk, at)
             self.finish(chunk, at)
@@ -320,7 +314,7 @@ class _Call:
             **_select_tile(self.plan.blocks),
         )
 
-    def list_pairs(self, chunk: Chunk) -> None:
+    def list_pairs(self, chunk: Chunk, at: dict[str, int]) -> None:
         """The pairs (row, kept block) by block, and the items of work that they make."""
         lists = chunk.batches * self.plan.blocks
         launch(
@@ -338,7 +332,9 @@ class _Call:
             sort_pairs_kernel,
             triton.cdiv(chunk.rows * self.block_topk, config.PAIR_TILE),
             Launch(1, 4),
+            **self.window,
             **self.kept,
+            **at,
             rank_ptr=self.rank,
             offsets_ptr=self.items["offsets_ptr"],
             pairs_ptr=self.pairs,
@@ -348,6 +344,7 @@ class _Call:
             rows_per_batch=chunk.of_batch,
             M=self.plan.blocks,
             block_topk=self.block_topk,
+            BLOCK_SIZE=self.block_size,
             TILE=config.PAIR_TILE,
         )
 
@@ -380,10 +377,15 @@ class _Call:
             group = rows_past_a_tile(chunk.rows, tiles, config.MANY_PROGRAMS)
             programs = chunk.batches * tiles * triton.cdiv(chunk.of_batch, group)
         kernel: Any = refine_by_block_kernel
-        if self.hopper:
+        how = config.by_block_launch(self.plan.tiles, self.dtype)
+        if self.query_rows is not None:
             # Gluon is young: only who needs it depends on it.
             from .refine_hopper import refine_by_block_hopper_kernel as kernel
-        how = (config.hopper_launch if self.hopper else config.by_block_launch)(self.plan.tiles, self.dtype)
+
+            how = config.hopper_launch(self.plan.tiles, self.dtype)
+            work = {name: x for name, x in work.items() if name not in ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd")}
+            work |= {"q_desc": describe(self.q, self.query_rows, self.plan.tiles)}
+            work |= {"q_query_rows": self.query_rows.of_query, "q_batch_rows": self.query_rows.of_batch}
         launch(
             kernel,
             programs,

@@ -13,7 +13,7 @@ from . import config
 
 # A row of a chunk and the place of a kept block share an int32.
 _MOST_ROWS = 2**15 - 1
-_MOST_SLOTS = 2**16
+_MOST_SLOTS = 2**15
 
 
 class Chunk(NamedTuple):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .group import IS_CUT, pair_row, pair_slot
 from .keys import HIDDEN_BITS, score_bits
 from .operands import load_factor
 from .score import head_sum, is_any_negative, load_query, load_vectors, load_weights, multiply, real_heads, score_tile
-from .visible import group_touches, row_coordinates, row_segment, row_window, visible_tokens
+from .visible import group_window, row_coordinates, row_segment, row_window, visible_tokens
 
 
 @triton.jit(
@@ -72,9 +73,9 @@ def refine_by_block_kernel(
         last = tl.minimum(first + group_rows, rows_per_batch)
         batch = (first_row // S + batch_here).to(tl.int64)
         first_query = (first_row % S).to(tl.int64)
-        work = group_touches(
-            first_token, first_token + TILE, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss,
-            batch, first_query + first, last - first, T, MOST_ROWS,
+        work, cut = group_window(
+            tl.arange(0, MOST_ROWS), first_token, first_token + TILE, start_ptr, start_sb, start_ss,
+            end_ptr, end_sb, end_ss, batch, first_query + first, last - first, T,
         )  # fmt: skip
 
     if work:
@@ -100,8 +101,9 @@ def refine_by_block_kernel(
             pair = tl.load(pairs_ptr + first)
         for i in tl.range(first, last, num_stages=STAGES):
             if items_ptr is not None:
-                row = pair >> 16
-                column = (pair & 65535) * BLOCK_SIZE + inside
+                row = pair_row(pair)
+                column = pair_slot(pair) * BLOCK_SIZE + inside
+                cut = (pair & IS_CUT) != 0
                 pair = tl.load(pairs_ptr + i + 1, mask=i + 1 < last, other=0)
                 query_index = first_query + (row - batch_here * rows_per_batch)
             else:
@@ -110,16 +112,15 @@ def refine_by_block_kernel(
                 query_index = first_query + i
             query = load_query(q_ptr + query_index * q_ss, q_sh, q_sd, 0, H, D, PADDED_H, TILE_D, FP8)
             weights = load_weights(w_ptr + row.to(tl.int64) * w_sr, H, PADDED_H)
-            start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
-            segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query_index)
-            row_mask_ptr = mask_ptr
-            if mask_ptr is not None:
-                row_mask_ptr += query_index * mask_ss
             products = multiply(keys, query, tl.zeros([TILE, PADDED_H], tl.float32), WIDEN)
             scores = head_sum(products, weights, real_heads(H, PADDED_H), scale, any_negative, factor)
             bits = score_bits(scores, None)
-            # Nearly every tile is seen whole where only windows say what is seen.
-            if look or (start > first_token) | (end < first_token + TILE):
+            if look or cut:
+                start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
+                segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query_index)
+                row_mask_ptr = mask_ptr
+                if mask_ptr is not None:
+                    row_mask_ptr += query_index * mask_ss
                 visible = visible_tokens(
                     token, start, end, valid_ptr, valid_st, row_mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
                 )

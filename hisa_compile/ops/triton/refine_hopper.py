@@ -1,45 +1,49 @@
 """The refinement stage by block for NVIDIA's sm_90, in Gluon, Triton's lower level.
 
-What binds there is shared memory: a product of 64 tokens with 64 heads reads both operands from it at just the rate at
-which it can be read, so that nothing else fits beside it.  Here the keys, which stay for many queries, are in
-registers, which halves that; Triton itself keeps what it has loaded in shared memory.  The rest is as in
-:mod:`.refine`, with the same bits: what works on layouts that are given already is called from the same modules, what
-makes layouts has to say which, and so is written here.
+A product of 64 tokens with 64 heads and its sum over heads take 130 ns a query and half a block on one multiprocessor
+of an H100 if nothing else happens, in float8; what comes on top is what this kernel is about:
+
+- the keys, which stay for many queries, are in registers: both operands in shared memory would take all it delivers;
+- queries are copied by the tensor memory accelerator, one instruction of one thread each, while the product before
+  runs.  Stages are unrolled and have buffers of their own, so that one barrier a query is enough;
+- whether a tile is seen whole is part of the pair (see :mod:`.group`), so that windows are read where they cut one;
+- each thread ends with one score, which takes a fourth of the instructions for its bits and its place;
+- 128 registers a thread, so that four programs share a multiprocessor and one adds up while others multiply.
+
+The bits are those of :mod:`.refine`: what works on layouts that are given already is called from the same modules,
+what makes layouts has to say which, and so is written here.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from .group import IS_CUT, pair_row, pair_slot
 from .keys import HIDDEN_BITS, score_bits
 from .operands import load_factor
 from .score import head_sum, is_any_negative
-from .visible import row_segment, row_window, visible_tokens
+from .visible import group_window, row_segment, row_window, visible_tokens
+
+# Triton 3.7 renamed it.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
-def _fetch(q_tile, w_tile, q_ptr, q_ss, q_sh, w_ptr, w_sr, query, row, h, d, hw, H: gl.constexpr, D: gl.constexpr):
-    """Start copying a row's q and weights; what lies past H and D becomes 0."""
-    q_ptr += query.to(gl.int64) * q_ss + h.to(gl.int64)[:, None] * q_sh + d[None, :]
-    w_ptr += row.to(gl.int64) * w_sr + hw
-    if q_tile.shape[0] == H and q_tile.shape[1] == D:
-        async_copy.async_copy_global_to_shared(q_tile, q_ptr)
-        async_copy.async_copy_global_to_shared(w_tile, w_ptr)
-    else:
-        async_copy.async_copy_global_to_shared(q_tile, q_ptr, mask=(h < H)[:, None] & (d < D)[None, :])
-        async_copy.async_copy_global_to_shared(w_tile, w_ptr, mask=hw < H)
-    async_copy.commit_group()
+def _fetch(q_desc, full, q_tile, descriptor_row, BYTES: gl.constexpr):
+    """Start copying the rows of q from ``descriptor_row`` on; everyone must be past the buffer's last use."""
+    mbarrier.expect(full, BYTES)
+    _barrier()
+    tma.async_copy_global_to_shared(q_desc, [descriptor_row, 0], full, q_tile)
 
 
 @gluon.jit(
-    do_not_specialize=["first_row", "rows_per_batch", "group_rows", "S", "T", "M"],
+    do_not_specialize=["q_query_rows", "q_batch_rows", "first_row", "rows_per_batch", "group_rows", "S", "T", "M"],
     do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr"],
 )
 def refine_by_block_hopper_kernel(
-    q_ptr, q_sb, q_ss, q_sh, q_sd,
+    q_desc, q_query_rows, q_batch_rows,
     k_ptr, k_sb, k_st, k_sd,
     w_ptr, w_sr,
     scale_ptr, scale_sb, scale_st,
@@ -56,22 +60,27 @@ def refine_by_block_hopper_kernel(
     PADDED_H: gl.constexpr, TILE_D: gl.constexpr, TILE: gl.constexpr, MOST_ROWS: gl.constexpr,
     STAGES: gl.constexpr, FP8: gl.constexpr, WIDEN: gl.constexpr,
 ):  # fmt: skip
-    """:func:`.refine.refine_by_block_kernel`, grid and arguments alike.
+    """:func:`.refine.refine_by_block_kernel`, grid and arguments alike but for q.
 
-    q_sd is 1, and q_ptr and the strides of q are multiples of 16 bytes.
+    q_desc describes q as a matrix of rows of D elements, those of the heads of one query side by side; a query is
+    ``q_query_rows`` behind the one before it, a sequence ``q_batch_rows``.
     """
     WARPS: gl.constexpr = gl.num_warps()
-    BITS: gl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth
+    BITS: gl.constexpr = q_desc.dtype.primitive_bitwidth
+    BYTES: gl.constexpr = PADDED_H * TILE_D * BITS // 8
     VECTOR: gl.constexpr = 128 // BITS
     LANES: gl.constexpr = TILE_D // VECTOR
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PADDED_H, 256 // BITS])
     of_keys: gl.constexpr = gl.DotOperandLayout(0, product, 32 // BITS)
     tokens: gl.constexpr = gl.SliceLayout(1, product)
     heads: gl.constexpr = gl.SliceLayout(0, product)
-    q_copy: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    w_copy: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
-    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PADDED_H, TILE_D], q_ptr.dtype.element_ty)
-    w_shared: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [0])
+    k_copy: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PADDED_H, TILE_D], q_desc.dtype)
+    # Four threads have the same tokens' sums: 4 of them in a tile of 128, one of which each keeps.
+    if WARPS == 4 and TILE == 128:
+        once: gl.constexpr = gl.DistributedLinearLayout([], [[8], [64], [1], [2], [4]], [[16], [32]], [], [TILE])
+    else:
+        once: gl.constexpr = tokens
 
     program = gl.program_id(0)
     inside = 0
@@ -99,106 +108,120 @@ def refine_by_block_hopper_kernel(
     first_query = (first_row % S).to(gl.int64)
     # Added to a row of the chunk it is the query.
     query_of_row = first_query - batch_here * rows_per_batch
+    of_batch = batch_here * rows_per_batch
 
-    if items_ptr is None and (start_ptr is not None or end_ptr is not None):
+    cut = False
+    if items_ptr is None:
         near = gl.arange(0, MOST_ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-        queries = first_query + first + near
-        touches = first + near < last
-        if start_ptr is not None:
-            starts = gl.load(start_ptr + batch * start_sb + queries * start_ss, mask=touches, other=0)
-            touches = touches & (starts < first_token + TILE)
-        if end_ptr is not None:
-            ends = gl.load(end_ptr + batch * end_sb + queries * end_ss, mask=touches, other=0)
-            touches = touches & (ends > first_token)
-        if gl.max(touches.to(gl.int32), axis=0) == 0:
+        touched, cut = group_window(
+            near, first_token, first_token + TILE, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss,
+            batch, first_query + first, last - first, T,
+        )  # fmt: skip
+        if touched == 0:
             last = first
 
     if first < last:
-        q_ptr += batch * q_sb
-        q_tiles = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [STAGES, PADDED_H, TILE_D], q_shared)
-        w_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, PADDED_H], w_shared)
-        h = gl.arange(0, PADDED_H, layout=gl.SliceLayout(1, q_copy))
-        d = gl.arange(0, TILE_D, layout=gl.SliceLayout(0, q_copy))
-        hw = gl.arange(0, PADDED_H, layout=w_copy)
+        q_tiles = ()
+        full = ()
+        for _stage in gl.static_range(STAGES):
+            q_tiles = q_tiles + (gl.allocate_shared_memory(q_desc.dtype, [PADDED_H, TILE_D], q_shared),)
+            full = full + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(full[stage], count=1)
+        q_at = (batch * q_batch_rows + query_of_row * q_query_rows).to(gl.int32)
         for stage in gl.static_range(STAGES - 1):
-            row = batch_here * rows_per_batch + gl.minimum(first + stage, last - 1)
+            row = of_batch + gl.minimum(first + stage, last - 1)
             if items_ptr is not None:
-                row = gl.load(pairs_ptr + gl.minimum(first + stage, last - 1)) >> 16
-            _fetch(q_tiles.index(stage), w_tiles.index(stage), q_ptr, q_ss, q_sh, w_ptr, w_sr, query_of_row + row, row,
-                   h, d, hw, H, D)  # fmt: skip
+                row = pair_row(gl.load(pairs_ptr + gl.minimum(first + stage, last - 1)))
+            _fetch(q_desc, full[stage], q_tiles[stage], q_at + row * q_query_rows, BYTES)
 
-        position = gl.arange(0, TILE, layout=tokens)
-        token = first_token + position
-        exists = token < T
-        scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, exists)
-        factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, exists)
-        any_negative = is_any_negative(scale)
-        look: gl.constexpr = valid_ptr is not None or mask_ptr is not None or k_segment_ptr is not None
         if valid_ptr is not None:
             valid_ptr += batch * valid_sb
         if mask_ptr is not None:
             mask_ptr += batch * mask_sb
         if k_segment_ptr is not None:
             k_segment_ptr += batch * k_segment_sb
-        key_token = first_token + gl.arange(0, TILE, layout=gl.SliceLayout(1, of_keys))
-        key_dim = gl.arange(0, TILE_D, layout=gl.SliceLayout(0, of_keys))
+        look: gl.constexpr = valid_ptr is not None or mask_ptr is not None or k_segment_ptr is not None
+        key_token = first_token + gl.arange(0, TILE, layout=gl.SliceLayout(1, k_copy))
+        key_dim = gl.arange(0, TILE_D, layout=gl.SliceLayout(0, k_copy))
         keys = gl.load(
             k_ptr + batch * k_sb + key_token[:, None] * k_st + key_dim.to(gl.int64)[None, :] * k_sd,
             mask=(key_token < T)[:, None] & (key_dim < D)[None, :],
             other=0.0,
         )
+        keys = gl.convert_layout(keys, of_keys)
+        token = first_token + gl.arange(0, TILE, layout=tokens)
+        scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, token < T)
+        factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, token < T)
+        any_negative = is_any_negative(scale)
+        h = gl.arange(0, PADDED_H, layout=heads)
         real = None
         if PADDED_H != H:
-            real = gl.arange(0, PADDED_H, layout=heads) < H
+            real = h < H
+        position = gl.arange(0, TILE, layout=once)
+        exists = first_token + position < T
         zeros = gl.zeros([TILE, PADDED_H], gl.float32, layout=product)
 
-        # Pairs are loaded an iteration early: what is fetched now, and what is scored next.
-        fetched = batch_here * rows_per_batch + gl.minimum(first + STAGES - 1, last - 1)
-        pair = first
+        # What is scored next, and what is copied next; pairs are loaded a query early.  The last pair is scored again
+        # where the stages end behind it, which changes nothing.
+        pair = 0
+        row = of_batch + first
+        ahead = of_batch + gl.minimum(first + STAGES - 1, last - 1)
         if items_ptr is not None:
-            fetched = gl.load(pairs_ptr + gl.minimum(first + STAGES - 1, last - 1)) >> 16
             pair = gl.load(pairs_ptr + first)
-        stage = 0
-        for i in range(first, last):
-            async_copy.wait_group(STAGES - 2)
-            fence_async_shared()
-            products = warpgroup_mma(keys, q_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            # The stage of the row before: everyone is past it, at the barrier that the compiler puts behind a wait.
-            free = gl.where(stage == 0, STAGES - 1, stage - 1)
-            _fetch(q_tiles.index(free), w_tiles.index(free), q_ptr, q_ss, q_sh, w_ptr, w_sr, query_of_row + fetched,
-                   fetched, h, d, hw, H, D)  # fmt: skip
-            if items_ptr is not None:
-                row = pair >> 16
-                column = (pair & 65535) * BLOCK_SIZE + inside
-                fetched = gl.load(pairs_ptr + gl.minimum(i + STAGES, last - 1)) >> 16
-                pair = gl.load(pairs_ptr + gl.minimum(i + 1, last - 1))
-            else:
-                row = batch_here * rows_per_batch + i
-                column = first_token
-                fetched = batch_here * rows_per_batch + gl.minimum(i + STAGES, last - 1)
-            query = query_of_row + row
-            start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query, T)
-            segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query)
-            row_mask_ptr = mask_ptr
-            if mask_ptr is not None:
-                row_mask_ptr += query * mask_ss
-            weights = w_tiles.index(stage).load(heads)
-
-            products = warpgroup_mma_wait(0, deps=[products])
-            scores = head_sum(products, weights, real, scale, any_negative, factor)
-            bits = score_bits(scores, None)
-            # Nearly every tile is seen whole where only windows say what is seen.
-            if look or (start > first_token) | (end < first_token + TILE):
-                visible = visible_tokens(
-                    first_token + position, start, end, valid_ptr, valid_st, row_mask_ptr, mask_st,
-                    k_segment_ptr, k_segment_st, segment,
+            ahead = pair_row(gl.load(pairs_ptr + gl.minimum(first + STAGES - 1, last - 1)))
+        phase = 0
+        for base in range(first, last, STAGES):
+            for stage in gl.static_range(STAGES):
+                if items_ptr is not None:
+                    row = pair_row(pair)
+                weights_ptr = w_ptr + (row * w_sr + h)
+                if real is None:
+                    weights = gl.load(weights_ptr)
+                else:
+                    weights = gl.load(weights_ptr, mask=real, other=0.0)
+                mbarrier.wait(full[stage], phase)
+                products = warpgroup_mma(keys, q_tiles[stage].permute((1, 0)), zeros, use_acc=False, is_async=True)
+                # Into the buffer of the query before, whose product everyone has waited for.
+                _fetch(
+                    q_desc, full[(stage + STAGES - 1) % STAGES], q_tiles[(stage + STAGES - 1) % STAGES],
+                    q_at + ahead * q_query_rows, BYTES,
                 )  # fmt: skip
-                bits = gl.where(visible, bits, HIDDEN_BITS)
-            out = token_scores_ptr + row.to(gl.int64) * pitch + column + position
-            if items_ptr is None:
-                gl.store(out, bits, mask=exists)
-            else:
-                # Every column of a kept block is read later, also those past the last token.
-                gl.store(out, bits)
-            stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-        async_copy.wait_group(0)
+                next_one = gl.minimum(base + stage + 1, last - 1)
+                next_ahead = gl.minimum(base + stage + STAGES, last - 1)
+                column = first_token.to(gl.int32)
+                query = query_of_row + row
+                out_ptr = token_scores_ptr + row * pitch
+                if items_ptr is not None:
+                    column = pair_slot(pair) * BLOCK_SIZE + inside
+                    cut = (pair & IS_CUT) != 0
+                    pair = gl.load(pairs_ptr + next_one)
+                    ahead = pair_row(gl.load(pairs_ptr + next_ahead))
+                else:
+                    row = of_batch + next_one
+                    ahead = of_batch + next_ahead
+                products = warpgroup_mma_wait(0, deps=[products])
+                scores = head_sum(products, weights, real, scale, any_negative, factor)
+                bits = score_bits(gl.convert_layout(scores, once), None)
+                if look or cut:
+                    start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query, T)
+                    segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query)
+                    row_mask_ptr = mask_ptr
+                    if mask_ptr is not None:
+                        row_mask_ptr += query * mask_ss
+                    visible = visible_tokens(
+                        first_token + position, start, end, valid_ptr, valid_st, row_mask_ptr, mask_st,
+                        k_segment_ptr, k_segment_st, segment,
+                    )  # fmt: skip
+                    bits = gl.where(visible, bits, HIDDEN_BITS)
+                if items_ptr is None:
+                    gl.store(out_ptr + (column + position), bits, mask=exists)
+                else:
+                    # Every column of a kept block is read later, also those past the last token.
+                    gl.store(out_ptr + (column + position), bits)
+            phase ^= 1
+        # Copies must not arrive in the shared memory of whoever comes after.
+        for stage in gl.static_range(STAGES - 1):
+            mbarrier.wait(full[stage], phase)
+        for stage in gl.static_range(STAGES):
+            mbarrier.invalidate(full[stage])

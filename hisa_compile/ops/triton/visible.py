@@ -31,23 +31,26 @@ def row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, qu
 
 
 @triton.jit
-def group_touches(
-    low, high, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, first_query, count, T,
-    MOST_ROWS: tl.constexpr,
+def group_window(
+    near, low, high, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, first_query, count, T
 ):  # fmt: skip
-    """Whether the window of one of ``count`` <= MOST_ROWS queries touches positions [low, high)."""
-    touches = low < T
-    if start_ptr is not None or end_ptr is not None:
-        i = tl.arange(0, MOST_ROWS)
-        query = first_query + i
-        window = i < count
-        if start_ptr is not None:
-            start = tl.load(start_ptr + batch * start_sb + query * start_ss, mask=window, other=0)
-            window = window & (start < high)
-        if end_ptr is not None:
-            window = window & (tl.load(end_ptr + batch * end_sb + query * end_ss, mask=window, other=0) > low)
-        touches = touches & (tl.max(window.to(tl.int32), axis=0) != 0)
-    return touches
+    """What the windows of ``count`` queries make of positions [low, high): (does one touch them, does one cut them).
+
+    ``near``: 0, 1, ... as far as any count goes.  A window that does not touch them at all counts as cutting them.
+    """
+    query = first_query + near
+    here = near < count
+    touches = here & (low < T)
+    cuts = here & (high > T)
+    if start_ptr is not None:
+        start = tl.load(start_ptr + batch * start_sb + query * start_ss, mask=here, other=0)
+        touches = touches & (start < high)
+        cuts = cuts | (here & (start > low))
+    if end_ptr is not None:
+        end = tl.load(end_ptr + batch * end_sb + query * end_ss, mask=here, other=0)
+        touches = touches & (end > low)
+        cuts = cuts | (here & (end < high))
+    return tl.max(touches.to(tl.int32), axis=0) != 0, tl.max(cuts.to(tl.int32), axis=0) != 0
 
 
 @triton.jit

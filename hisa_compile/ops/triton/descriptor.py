@@ -1,0 +1,44 @@
+"""q as a matrix of rows of D elements, from which the tensor memory accelerator of sm_90 copies whole queries."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .config import Tiles
+
+# Coordinates of a copy are int32.
+_MOST_ROWS = 2**31 - 1
+
+
+class QueryRows(NamedTuple):
+    """``rows`` rows; a query's heads are neighbours, the next query is ``of_query`` rows on, a sequence ``of_batch``."""
+
+    rows: int
+    of_query: int
+    of_batch: int
+
+
+def query_rows(q: Tensor) -> QueryRows | None:
+    """q [B, S, H, D] as such a matrix; None where strides are not what such copies take."""
+    batch, queries, heads, _ = q.shape
+    # Strides of a dimension of one element say nothing.
+    of_batch, of_query = (q.stride(d) if q.shape[d] > 1 else 0 for d in (0, 1))
+    row = q.stride(2)
+    if q.stride(3) != 1 or row == 0 or row * q.itemsize % 16 or q.data_ptr() % 16 or of_batch % row or of_query % row:
+        return None
+    rows = ((batch - 1) * of_batch + (queries - 1) * of_query) // row + heads
+    return QueryRows(rows, of_query // row, of_batch // row) if rows <= _MOST_ROWS else None
+
+
+def describe(q: Tensor, rows: QueryRows, tiles: Tiles) -> Any:
+    """The descriptor of copies of one query, padded with the rows behind it and with zeros past D."""
+    # Gluon is young: only who needs it depends on it.
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    shape = [tiles.padded_heads, tiles.tile_dim]
+    # The layout depends on the width of an element alone.
+    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.float8e4nv if q.itemsize == 1 else gl.float16)
+    return TensorDescriptor(q, [rows.rows, q.shape[3]], [q.stride(2), 1], shape, layout)
