@@ -1,184 +1,241 @@
 """One indexer layer on a GPU: the last queries of a context, against what a user has otherwise.
 
     python -m benchmarks.indexer [--contexts 8192 65536 ...] [--queries 1024] [--out benchmarks/results/indexer.md]
+                                 [--tilelang-example PATH] [--tilelang-site PATH]
 
 H = 64, D = 128, topk = 2048, B = 128, m = 64, gaussian inputs, causal windows, results unsorted.  Variants:
 
 - hisa: the operator, bfloat16 and float8 (float8 with a scale a token); from m * B = 8192 tokens on it selects among
   candidates, up to there exactly;
 - flat: the operator with every block kept, which is exact at any length;
+- TileLang's HISA example (``examples/dsa_hisa`` of tile-ai/tilelang, tried with tilelang 0.1.15), float8 with the same
+  budget: its pooling, block scores and token scores are TileLang kernels of its own, both of its selections are
+  torch.topk; what it does is said in ``benchmarks/tilelang_hisa.py``.  The folder with the example's files is given by
+  --tilelang-example or TILELANG_DSA_HISA.  It runs in a process of its own, and --tilelang-site or TILELANG_SITE is
+  a folder with tilelang and its libraries for that process alone: DeepGEMM wants another version of apache-tvm-ffi;
 - DeepGEMM's float8 logits and torch.topk over them (exact), and the logits alone, where deep_gemm can be imported;
 - torch.compile of the flat bfloat16 program.
 
-Times are medians of replays of a CUDA graph, so that no launch from the host is in them.  Memory is the allocator's
-peak during a call, less what was there before it and less the results.  The two ceilings are large products of each
-dtype in the same run.  Raw numbers go beside the table, as JSON.
+Times are medians of replays of a CUDA graph, so that no launch from the host is in them; a second table has times of
+calls launched from the host.  Memory is the allocator's peak during a call, less what was there before it and less the
+results.  The two ceilings are large products of each dtype in the same run.  The refinement's time is that of its
+kernel as torch.profiler gives it.  Raw numbers go beside the table, as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from torch import Tensor
 
-import hisa_compile
+from . import programs
+from .harness import (
+    FP8,
+    Call,
+    Found,
+    Goal,
+    K,
+    attempt,
+    ceiling,
+    command,
+    goals_table,
+    importable,
+    kernel_ms,
+    machine,
+    measure,
+    mib_text,
+    parser,
+    progress,
+    ratio,
+    ratio_text,
+    raw_goals,
+    table,
+    write,
+)
+from .programs import BLOCK_SIZE, BLOCK_TOPK, DIM, HEADS, SIZES
+from .tilelang_hisa import NAME as TILELANG
+from .tilelang_hisa import Peer
 
-HEADS, DIM, TOPK, BLOCK_SIZE, BLOCK_TOPK = 64, 128, 2048, 128, 64
-FP8 = torch.float8_e4m3fn
-Inputs = dict[str, Any]
-
-
-def inputs(queries: int, context: int, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda")
-
-    q, k, weights = normal(1, queries, HEADS, DIM), normal(1, context, DIM), normal(1, queries, HEADS)
-    found: Inputs = {"weights": weights}
-    if dtype == FP8:
-        found["k_scale"] = k.abs().amax(-1) / torch.finfo(FP8).max
-        k = k / found["k_scale"][..., None]
-    end = torch.arange(context - queries + 1, context + 1, device="cuda", dtype=torch.int32)
-    return found | {"q": q.to(dtype), "k": k.to(dtype), "window_end": end}
-
-
-def hisa(given: Inputs, block_topk: int = BLOCK_TOPK) -> Callable[[], Any]:
-    options = {"block_size": BLOCK_SIZE, "block_topk": block_topk, "sorted": False}
-    return lambda: hisa_compile.indexer_topk(topk=TOPK, **given, **options)
-
-
-def compiled(given: Inputs) -> Callable[[], Any]:
-    def flat(q: Tensor, k: Tensor, weights: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-        scores = torch.einsum("bshd,btd->bsht", q, k).relu()
-        total = torch.einsum("bsht,bsh->bst", scores, weights)
-        hidden = torch.arange(k.shape[1], device=k.device) >= end[:, None]
-        return tuple(total.masked_fill(hidden, float("-inf")).topk(TOPK, sorted=False))
-
-    torch._dynamo.reset()
-    run = torch.compile(flat, dynamic=False)
-    arguments = given["q"], given["k"], given["weights"].to(given["q"].dtype), given["window_end"]
-    return lambda: run(*arguments)
+DEEP_GEMM, LOGITS, COMPILED = "DeepGEMM + topk fp8", "DeepGEMM logits fp8", "torch.compile bf16"
+NAMES = ("hisa fp8", "hisa bf16", "flat fp8", TILELANG, DEEP_GEMM, LOGITS, COMPILED)
+DTYPES = {"fp8": FP8, "bf16": torch.bfloat16}
+Rows = dict[int, dict[str, Found]]
 
 
-def deep_gemm(given: Inputs, topk: bool) -> Callable[[], Any]:
-    from deep_gemm import fp8_mqa_logits
-
-    q, keys = given["q"][0], (given["k"][0], given["k_scale"][0])
-    start = torch.zeros_like(given["window_end"])
-
-    def run() -> Any:
-        logits = fp8_mqa_logits(q, keys, given["weights"][0], start, given["window_end"], clean_logits=True)
-        return logits.topk(TOPK, sorted=False) if topk else logits
-
-    return run
-
-
-def measure(make: Callable[[], Callable[[], Any]]) -> dict[str, float] | None:
-    """Milliseconds of a call, and MiB it takes besides its results; None where the memory did not suffice."""
-    try:
-        run = make()
-        run()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        results = run()
-        torch.cuda.synchronize()
-        tensors = [results] if isinstance(results, Tensor) else list(results)
-        own = sum(x.numel() * x.element_size() for x in tensors)
-        peak = torch.cuda.max_memory_allocated() - before - own
-        del results, tensors
-        ms = triton.testing.do_bench_cudagraph(run, rep=60, return_mode="median")
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        torch.cuda.empty_cache()
-    return {"ms": ms, "mib": max(0.0, peak / 2**20)}
-
-
-def ceiling(dtype: torch.dtype, size: int = 8192) -> float:
-    """TFLOP/s of a square product."""
-    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-    one = torch.ones((), device="cuda")
-
-    def product() -> Tensor:
-        if dtype == FP8:
-            return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
-        return a @ b.t()
-
-    return 2 * size**3 / triton.testing.do_bench(product, warmup=50, rep=200, return_mode="median") / 1e9
-
-
-def variants(queries: int, context: int, largest_flat: int) -> dict[str, Callable[[], Callable[[], Any]]]:
-    bf16, fp8 = (inputs(queries, context, dtype) for dtype in (torch.bfloat16, FP8))
-    blocks = -(-context // BLOCK_SIZE)
-    found = {"hisa fp8": lambda: hisa(fp8), "hisa bf16": lambda: hisa(bf16)}
+def variants(queries: int, context: int, largest_flat: int, deep_gemm: bool) -> dict[str, Any]:
+    """What makes each variant's call, all on the same inputs."""
+    bf16, fp8 = (programs.inputs(queries, context, dtype) for dtype in (torch.bfloat16, FP8))
+    found: dict[str, Any] = {"hisa fp8": lambda: programs.hisa(fp8), "hisa bf16": lambda: programs.hisa(bf16)}
     if context <= largest_flat:
-        found["flat fp8"] = lambda: hisa(fp8, blocks)
-        found["DeepGEMM + topk fp8"] = lambda: deep_gemm(fp8, topk=True)
-        found["DeepGEMM logits fp8"] = lambda: deep_gemm(fp8, topk=False)
-        found["torch.compile bf16"] = lambda: compiled(bf16)
+        found["flat fp8"] = lambda: programs.every_block(fp8)
+        if deep_gemm:
+            found[DEEP_GEMM] = lambda: programs.deep_gemm(fp8, topk=True)
+            found[LOGITS] = lambda: programs.deep_gemm(fp8, topk=False)
+        found[COMPILED] = lambda: programs.compiled(bf16)
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2**n for n in (13, 14, 15, 16, 17, 18, 20)])
-    parser.add_argument("--queries", type=int, default=1024)
-    parser.add_argument("--largest-flat", type=int, default=2**17, help="no flat variant for longer contexts")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    absent = []
-    try:
-        import deep_gemm as _  # noqa: F401
-    except ImportError as error:
-        absent.append(f"DeepGEMM ({error})")
-    ceilings = {"fp8": ceiling(FP8), "bf16": ceiling(torch.bfloat16)}
-    raw: dict[str, Any] = {"ceilings_tflops": ceilings, "contexts": {}}
-    names: list[str] = []
+def warm_up(options: argparse.Namespace, deep_gemm: bool) -> None:
+    """Every variant once, so that what compiles here does so while TileLang compiles elsewhere."""
     for context in options.contexts:
-        row = {}
-        for name, make in variants(options.queries, context, options.largest_flat).items():
-            if absent and name.startswith("DeepGEMM"):
-                continue
-            row[name] = measure(make)
-            names += [] if name in names else [name]
-        raw["contexts"][context] = row
-        print(
-            context,
-            {name: found and {k: round(v, 3) for k, v in found.items()} for name, found in row.items()},
-            flush=True,
-        )
+        for make in variants(options.queries, context, options.largest_flat, deep_gemm).values():
+            attempt(lambda make=make: {"results": make()()})
+    torch.cuda.synchronize()
 
-    def cell(found: dict[str, float] | None, own: dict[str, float]) -> str:
-        if found is None:
-            return "out of memory"
-        ratio = found["ms"] / own["ms"]
-        return f"{found['ms']:.3f} ({found['mib']:.0f}) {ratio:.1f}x"
 
-    lines = [
-        "# The indexer against its peers",
-        f"`python -m benchmarks.indexer`, {torch.cuda.get_device_name()}, torch {torch.__version__}, Triton "
-        f"{triton.__version__}; {options.queries} queries at the end of the context, H = {HEADS}, D = {DIM}, "
-        f"topk = {TOPK}, B = {BLOCK_SIZE}, m = {BLOCK_TOPK}, unsorted.  ms of a call (MiB besides results), and the "
-        f"ratio to `hisa` in the same dtype: below 1 the other is faster.  Ceilings: float8 {ceilings['fp8']:.0f}, "
-        f"bfloat16 {ceilings['bf16']:.0f} TFLOP/s." + (f"  Absent: {', '.join(absent)}." if absent else ""),
-        "| context | " + " | ".join(names) + " |\n| --- |" + " --- |" * len(names),
+def refinement_ms(options: argparse.Namespace) -> dict[str, float | None]:
+    """Milliseconds of the refinement's kernel in each dtype."""
+    found: dict[str, float | None] = {}
+    for name, dtype in DTYPES.items():
+        call: Call = programs.hisa(programs.inputs(options.queries, 64 * K, dtype))
+        found[name] = attempt(lambda call=call: {"ms": kernel_ms(call, "refine_by_block")}).get("ms")
+        progress(64 * K, f"refinement {name}", {"ms": found[name]})
+    return found
+
+
+def same_kind(found: Found, own: Found) -> tuple[float | None, float | None]:
+    """Two times taken in the same way: of graphs, or launched from the host where one of the two has no other."""
+    key = "ms" if "ms" in found and "ms" in own else "launched_ms"
+    return found.get(key), own.get(key)
+
+
+def own_of(name: str, row: dict[str, Found]) -> Found:
+    return row.get("hisa " + name.rsplit(" ", 1)[1], {})
+
+
+def cell(name: str, row: dict[str, Found]) -> str:
+    if name not in row:
+        return ""
+    found = row[name]
+    if "missing" in found:
+        return str(found["missing"])
+    mine, hisas = same_kind(found, own_of(name, row))
+    if mine is None:
+        return ""
+    text = f"{mine:.3f} ({mib_text(found['mib'])})" + ("" if "ms" in found else " launched")
+    return text if name.startswith("hisa") else f"{text} {ratio_text(ratio(mine, hisas))}"
+
+
+def goals(rows: Rows, ceilings: dict[str, float], refinement: dict[str, float | None], queries: int) -> list[Goal]:
+    def number(context: int, name: str, key: str = "ms") -> float | None:
+        return rows.get(context, {}).get(name, {}).get(key)
+
+    def slower(context: int, name: str, key: str = "ms") -> float | None:
+        row = rows.get(context, {})
+        if key != "ms":
+            return ratio(number(context, name, key), own_of(name, row).get(key))
+        return ratio(*same_kind(row.get(name, {}), own_of(name, row)))
+
+    def launched(context: int) -> str:
+        found = slower(context, TILELANG, "launched_ms")
+        return "" if found is None else f"launched from the host {found:.2f}x"
+
+    per_key = 2 * queries * HEADS * DIM
+    refined = per_key * BLOCK_SIZE * BLOCK_TOPK
+    floor = (per_key * 64 * K / BLOCK_SIZE + refined) / ceilings["fp8"] / 1e9
+    made = [
+        Goal(f"{TILELANG} over hisa, {context // K}K", wanted, slower(context, TILELANG), note=launched(context))
+        for context, wanted in ((8 * K, 3), (16 * K, 3), (32 * K, 3), (64 * K, 4), (128 * K, 4), (256 * K, 3))
     ]
-    for context, row in raw["contexts"].items():
-        cells = [str(context)]
-        cells += [cell(row[n], row["hisa " + n.rsplit(" ", 1)[1]]) if n in row else "" for n in names]
-        lines[-1] += "\n| " + " | ".join(cells) + " |"
-    print("\n\n".join(lines))
-    if options.out:
-        options.out.write_text("\n\n".join(lines) + "\n")
-        options.out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n")
+    for context, wanted in ((8 * K, 1.5), (16 * K, 2.8), (32 * K, 5), (64 * K, 9), (128 * K, 17)):
+        made.append(Goal(f"{DEEP_GEMM} over hisa, {context // K}K", wanted, slower(context, DEEP_GEMM)))
+    made += [
+        Goal(f"{COMPILED} over hisa, 64K", 40, slower(64 * K, COMPILED)),
+        Goal(f"{COMPILED} over hisa, extra memory, 64K", 100, slower(64 * K, COMPILED, "mib")),
+        Goal("hisa fp8 over its floor, 64K", 2, ratio(number(64 * K, "hisa fp8"), floor), at_most=True),
+    ]
+    for name in ("hisa fp8", "hisa bf16"):
+        growth = ratio(number(1024 * K, name), number(64 * K, name))
+        made.append(Goal(f"{name}, 1M over 64K", 2.5, growth, at_most=True))
+        most = [row[name]["mib"] for row in rows.values() if "mib" in row.get(name, {})]
+        made.append(Goal(f"{name}, most extra memory", 64, max(most, default=None), at_most=True, unit=" MiB"))
+    for context in (8 * K, 16 * K, 32 * K, 64 * K):
+        found = ratio(number(context, DEEP_GEMM), number(context, "flat fp8"))
+        made.append(Goal(f"{DEEP_GEMM} over flat fp8, {context // K}K", 1, found))
+    over_logits = ratio(number(64 * K, "flat fp8"), number(64 * K, LOGITS))
+    made.append(Goal("flat fp8 over DeepGEMM's logits alone, 64K", 1.3, over_logits, at_most=True))
+    for name, wanted in (("fp8", 75), ("bf16", 65)):
+        ms = refinement.get(name)
+        share = None if not ms else 100 * refined / ms / 1e9 / ceilings[name]
+        made.append(Goal(f"refinement {name}, share of the ceiling, 64K", wanted, share, unit=" %"))
+    return made
+
+
+def launched_table(rows: Rows, names: list[str]) -> str:
+    def text(found: Found) -> str:
+        return f"{found['launched_ms']:.3f}" if "launched_ms" in found else str(found.get("missing", ""))
+
+    body = [[str(context), *(text(row.get(name, {})) for name in names)] for context, row in rows.items()]
+    return table(["context", *names], body)
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    made = parser(__doc__)
+    made.add_argument("--contexts", type=int, nargs="+", default=[2**n for n in (13, 14, 15, 16, 17, 18, 20)])
+    made.add_argument("--queries", type=int, default=1024)
+    made.add_argument("--largest-flat", type=int, default=2**17, help="no flat variant for longer contexts")
+    for option, variable in (("--tilelang-example", "TILELANG_DSA_HISA"), ("--tilelang-site", "TILELANG_SITE")):
+        given = os.environ.get(variable)
+        made.add_argument(option, type=Path, default=Path(given) if given else None, help=f"else {variable}")
+    return made, made.parse_args()
+
+
+def main() -> None:
+    made, options = parse()
+    absent = {}
+    peer = Peer(options.tilelang_example, options.tilelang_site, options.contexts, options.queries)
+    if (why := importable("deep_gemm")) is not None:
+        absent["DeepGEMM"] = why
+    if (why := peer.absent()) is not None:
+        absent["TileLang HISA"] = why
+    else:
+        peer.compile_ahead()
+    print(f"absent: {absent or 'none'}; compiling", flush=True)
+    warm_up(options, deep_gemm="DeepGEMM" not in absent)
+    peer.compiled()
+    print("compiled", flush=True)
+
+    ceilings = {name: ceiling(dtype) for name, dtype in DTYPES.items()}
+    print(f"ceilings, TFLOP/s: {ceilings}", flush=True)
+    rows: Rows = {context: {} for context in options.contexts}
+    for context, row in rows.items():
+        makes = variants(options.queries, context, options.largest_flat, deep_gemm="DeepGEMM" not in absent)
+        for name, make in makes.items():
+            row[name] = measure(make)
+            progress(context, name, row[name])
+        del makes, make  # the inputs with them
+    refinement = refinement_ms(options) if 64 * K in rows else {}
+    if "TileLang HISA" not in absent:
+        for context, found in peer.results():
+            rows[context][TILELANG] = found
+            progress(context, TILELANG, found)
+
+    names = [name for name in NAMES if any(name in row for row in rows.values())]
+    asked = command("indexer", made, options)
+    found_goals = goals(rows, ceilings, refinement, options.queries)
+    parts = [
+        "# The indexer against its peers",
+        f"`{asked}`, {machine()}; {options.queries} queries at the end of the context, {SIZES}, unsorted.  ms of a "
+        "call (MiB besides results), replayed in a CUDA graph, and how many times that is what `hisa` takes in the "
+        f"same dtype; in bold where the other is faster.  Ceilings: float8 {ceilings['fp8']:.0f}, bfloat16 "
+        f"{ceilings['bf16']:.0f} TFLOP/s." + "".join(f"  Absent: {name} ({why})." for name, why in absent.items()),
+        table(["context", *names], [[str(at), *(cell(name, row) for name in names)] for at, row in rows.items()]),
+        "The same launched from the host one by one, the L2 cache cleared before each, ms:",
+        launched_table(rows, names),
+        goals_table(found_goals),
+    ]
+    raw = {
+        "command": asked,
+        "absent": absent,
+        "ceilings_tflops": ceilings,
+        "refinement_ms": refinement,
+        "contexts": {str(context): row for context, row in rows.items()},
+        "goals": raw_goals(found_goals),
+    }
+    write(options.out, parts, raw)
 
 
 if __name__ == "__main__":
