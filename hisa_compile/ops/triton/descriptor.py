@@ -13,7 +13,7 @@ _MOST_ROWS = 2**31 - 1
 
 
 class QueryRows(NamedTuple):
-    """``rows`` rows; a query's heads are neighbours, the next query is ``of_query`` rows on, a sequence ``of_batch``."""
+    """``rows`` rows; the next query is ``of_query`` rows on, the next batch ``of_batch``."""
 
     rows: int
     of_query: int

@@ -181,10 +181,9 @@ class _Call:
         self.weights = weights
         tiles = self.plan.tiles
         # Four warps share 64 tokens there, and one product instruction takes at most 256 heads.
-        self.query_rows = None
-        if self.plan.by_block and is_hopper(q) and q.dtype.itemsize < 4:
-            if tiles.tile >= 16 * tiles.num_warps and tiles.padded_heads <= 256:
-                self.query_rows = query_rows(q)
+        fits = tiles.tile >= 16 * tiles.num_warps and tiles.padded_heads <= 256
+        copied = self.plan.by_block and q.dtype.itemsize < 4 and fits and is_hopper(q)
+        self.query_rows = query_rows(q) if copied else None
         self.q = q
         self.shape = {
             "H": heads,
