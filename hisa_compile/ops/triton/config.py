@@ -18,6 +18,10 @@ WORKSPACE_BYTES = 48 * 2**20
 SORT_TILE = 4096
 # Rank keys that one program holds in registers while it selects.
 SELECT_TILE = 8192
+# Columns of a longer row that tell what its best are about, as long as the row has no more than LONG_COLUMNS: beyond
+# that too few of the best K would be among them, and SELECT_TILE are taken.
+LONG_SAMPLE = 2048
+LONG_COLUMNS = 2**17
 # Selected entries that one step turns into positions and scores.
 EMIT_TILE = 2048
 # Tokens that one step of the search for hidden tokens looks at.

@@ -26,6 +26,7 @@ from .config import Launch
 from .descriptor import describe, query_rows
 from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_kernel
 from .group import list_items_kernel, sort_pairs_kernel
+from .long_rows import count_candidates_kernel, guess_key_kernel, list_candidates_kernel
 from .operands import FP8_BITS, FP8_NATIVE, FP8_NONE
 from .plan import Chunk, Plan, rows_past_a_tile
 from .pool import pool_kernel
@@ -207,7 +208,8 @@ class _Call:
         self.score_bits = self.empty(rows, self.plan.pitch)
         self.selected_count = self.empty(rows)
         self.kept: dict[str, Tensor | None] = {"kept_ptr": None, "kept_count_ptr": None}
-        self.kept_flag = self.counts = self.rank = self.candidates = None
+        self.kept_flag = self.counts = self.rank = None
+        self.candidates = self.guess = self.column_counts = None
         if self.plan.prune:
             self.kept = {"kept_ptr": self.empty(rows, self.block_topk), "kept_count_ptr": self.empty(rows)}
             self.kept_flag = self.empty(rows, self.plan.blocks, dtype=torch.int8)
@@ -224,6 +226,8 @@ class _Call:
             }
         if not self.plan.one_tile:
             self.candidates = self.empty(rows, config.SELECT_TILE)
+            self.guess = self.empty(rows)
+            self.column_counts = self.empty(rows, 2, self.plan.segments)
         if self.plan.merged:
             self.packed = self.empty(rows, self.plan.sort_tiles * self.plan.sort_tile, dtype=torch.int64)
 
@@ -310,7 +314,8 @@ class _Call:
             block_topk=self.block_topk,
             BLOCK_SIZE=self.block_size,
             SLOTS=min(triton.next_power_of_2(self.block_topk), config.EMIT_TILE),
-            **_select_tile(self.plan.blocks),
+            TILE=min(triton.next_power_of_2(self.plan.blocks), config.SELECT_TILE),
+            ONE_TILE=self.plan.blocks <= config.SELECT_TILE,
         )
 
     def list_pairs(self, chunk: Chunk, at: dict[str, int]) -> None:
@@ -401,24 +406,40 @@ class _Call:
 
     def select(self, chunk: Chunk, at: dict[str, int]) -> None:
         """The best tokens of each row, and others where it has too few."""
+        how = config.select_launch(self.plan.columns)
+        of_rows = self.window | at | {"token_scores_ptr": self.score_bits, "pitch": self.plan.pitch}
+        of_rows |= {"kept_count_ptr": self.kept["kept_count_ptr"], "BLOCK_SIZE": self.block_size}
+        of_rows |= {"TILE": min(triton.next_power_of_2(self.plan.columns), config.SELECT_TILE)}
+        step = {"STEP": min(triton.next_power_of_2(self.plan.segments), config.SCAN_TILE)}
+        if not self.plan.one_tile:
+            sample = min(config.LONG_SAMPLE, of_rows["TILE"])
+            if self.plan.columns > config.LONG_COLUMNS:
+                sample = of_rows["TILE"]
+            guess = {"guess_ptr": self.guess}
+            launch(guess_key_kernel, chunk.rows, config.select_launch(sample), **of_rows, **guess, K=self.width,
+                   SAMPLE=sample)  # fmt: skip
+            segments = {"segments": self.plan.segments, "counts_ptr": self.column_counts}
+            programs = chunk.rows * self.plan.segments
+            launch(count_candidates_kernel, programs, how, **of_rows, **guess, **segments)
+            launch(list_candidates_kernel, programs, how, **of_rows, **guess, **segments, **step,
+                   candidates_ptr=self.candidates)  # fmt: skip
         launch(
             select_tokens_kernel,
             chunk.rows,
-            config.select_launch(self.plan.columns),
-            **self.window,
-            **self.kept,
+            how,
+            **of_rows,
             **self.outputs,
-            **at,
-            token_scores_ptr=self.score_bits,
+            **step,
+            kept_ptr=self.kept["kept_ptr"],
             candidates_ptr=self.candidates,
+            counts_ptr=self.column_counts,
+            segments=self.plan.segments,
             selected_count_ptr=self.selected_count,
-            pitch=self.plan.pitch,
             block_topk=self.block_topk,
             K=self.width,
             K_TILE=min(triton.next_power_of_2(self.width), config.EMIT_TILE),
-            BLOCK_SIZE=self.block_size,
             FINAL=not self.sorted,
-            **_select_tile(self.plan.columns),
+            ONE_TILE=self.plan.one_tile,
         )
         launch(
             fill_kernel,
@@ -464,7 +485,3 @@ class _Call:
             LOG_TILE=self.plan.sort_tile.bit_length() - 1,
             MARK_HIDDEN=self.mark_hidden,
         )
-
-
-def _select_tile(columns: int) -> dict[str, Any]:
-    return {"TILE": min(triton.next_power_of_2(columns), config.SELECT_TILE), "ONE_TILE": columns <= config.SELECT_TILE}

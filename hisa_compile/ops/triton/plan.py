@@ -54,6 +54,7 @@ class Plan:
     tiles: shapes of the products.
     columns, pitch: candidates of a row, and the length of a row of scores in memory, a multiple of 16.
     one_tile: a row's candidates fit the registers of the program that selects among them.
+    segments: how many programs a longer row is spread over, see :mod:`.long_rows`.
     sort_tile, sort_tiles, merged: how rows are put in order; a row of several tiles is merged.
     chunks: the rows in chunks; the workspace holds one.
     by_block: queries go past tiles of keys; else keys past a query.
@@ -78,6 +79,7 @@ class Plan:
         self.tiles = config.score_tiles(heads, dim, dtype, block_size)
         self.columns = budget.candidates if self.prune else tokens
         self.one_tile = self.columns <= config.SELECT_TILE
+        self.segments = triton.cdiv(self.columns, config.SELECT_TILE)
         self.sort_tile = min(triton.next_power_of_2(width), config.SORT_TILE)
         self.sort_tiles = triton.cdiv(width, self.sort_tile)
         self.merged = sorted and self.sort_tiles > 1
@@ -89,7 +91,8 @@ class Plan:
             # Kept blocks, their places among the pairs of a block, the pairs, and items of at least 4 pairs.
             row_bytes += self.blocks + 4 + 20 * block_topk
         if not self.one_tile:
-            row_bytes += 4 * config.SELECT_TILE
+            # Candidates, the guess, two counts a segment.
+            row_bytes += 4 * config.SELECT_TILE + 4 + 8 * self.segments
         if self.merged:
             row_bytes += 8 * self.sort_tiles * self.sort_tile
         most = max(1, min(config.WORKSPACE_BYTES // row_bytes, _MOST_ROWS))

@@ -1,0 +1,101 @@
+"""Which columns of a long row can be among its best K: a first filter, spread over many programs.
+
+A row of more columns than one program holds is read twice.  A sample tells a key that a little more than K are
+expected to reach; then every segment of TILE columns counts how many of its own reach it, and, knowing how many do in
+the segments before, writes their columns in order.  :func:`.select.select_tokens_kernel` selects among these.  The
+guess is checked there by their number; where it was wrong (thousands of equal keys) that kernel reads the whole row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .keys import HIDDEN_KEY
+from .kth import before, how_many, kth_key, load_keys, store_columns, sum_counts, tile_columns
+from .select import row_range
+
+
+@triton.jit(do_not_specialize=["first_row", "S", "T", "K"])
+def guess_key_kernel(
+    start_ptr, start_sb, start_ss,
+    end_ptr, end_sb, end_ss,
+    kept_count_ptr, token_scores_ptr, guess_ptr,
+    first_row, S, T, pitch, K,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """guess_ptr int32 [rows]: a key that few more than K columns of the row should reach, grid (rows)."""
+    row = tl.program_id(0)
+    first, past = row_range(
+        start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, kept_count_ptr, first_row, row, S, T, BLOCK_SIZE
+    )
+    # Where all visible columns fit one tile, all of them are candidates.
+    guess = row * 0 + HIDDEN_KEY + 1
+    if past - first > TILE:
+        # Runs of 32 columns, spread evenly.
+        RUNS: tl.constexpr = (SAMPLE + 31) // 32
+        sample = tile_columns(0, SAMPLE)
+        spread = (sample // 32).to(tl.int64) * (past - first - 32) // RUNS
+        column = first + spread.to(tl.int32) + sample % 32
+        keys = load_keys(token_scores_ptr + row.to(tl.int64) * pitch, column, first, past, pitch)
+        expected = K * (SAMPLE / (past - first).to(tl.float32))
+        # As many that the sample of exactly K of them is below that but for one row in thousands.
+        enough = tl.minimum(expected + 4.0 * tl.sqrt(expected) + 16.0, SAMPLE).to(tl.int32)
+        guess, _ = kth_key(keys, enough)
+    tl.store(guess_ptr + row, tl.maximum(guess, HIDDEN_KEY + 1))
+
+
+@triton.jit(do_not_specialize=["first_row", "S", "T", "segments"])
+def count_candidates_kernel(
+    start_ptr, start_sb, start_ss,
+    end_ptr, end_sb, end_ss,
+    kept_count_ptr, token_scores_ptr, guess_ptr, counts_ptr,
+    first_row, S, T, pitch, segments,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """counts_ptr int32 [rows, 2, segments]: columns of each segment that reach the guess, and visible ones at all.
+
+    Grid (rows * segments).
+    """
+    row = tl.program_id(0) // segments
+    segment = tl.program_id(0) % segments
+    first, past = row_range(
+        start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, kept_count_ptr, first_row, row, S, T, BLOCK_SIZE
+    )
+    reached = row * 0
+    present = row * 0
+    if (segment * TILE < past) & (segment * TILE + TILE > first):
+        column = tile_columns(segment * TILE, TILE)
+        keys = load_keys(token_scores_ptr + row.to(tl.int64) * pitch, column, first, past, pitch)
+        reached = how_many(keys >= tl.load(guess_ptr + row))
+        present = how_many(keys != HIDDEN_KEY)
+    counts_ptr += row.to(tl.int64) * 2 * segments + segment
+    tl.store(counts_ptr, reached)
+    tl.store(counts_ptr + segments, present)
+
+
+@triton.jit(do_not_specialize=["first_row", "S", "T", "segments"])
+def list_candidates_kernel(
+    start_ptr, start_sb, start_ss,
+    end_ptr, end_sb, end_ss,
+    kept_count_ptr, token_scores_ptr, guess_ptr, counts_ptr, candidates_ptr,
+    first_row, S, T, pitch, segments,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """candidates_ptr int32 [rows, TILE]: the columns that reach the guess, ascending, where they are at most TILE.
+
+    Grid (rows * segments).
+    """
+    row = tl.program_id(0) // segments
+    segment = tl.program_id(0) % segments
+    counts_ptr += row.to(tl.int64) * 2 * segments
+    listed = sum_counts(counts_ptr, segments, STEP) <= TILE
+    if listed & (tl.load(counts_ptr + segment) > 0):
+        first, past = row_range(
+            start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, kept_count_ptr, first_row, row, S, T, BLOCK_SIZE
+        )
+        column = tile_columns(segment * TILE, TILE)
+        keys = load_keys(token_scores_ptr + row.to(tl.int64) * pitch, column, first, past, pitch)
+        reached = keys >= tl.load(guess_ptr + row)
+        candidates_ptr += row.to(tl.int64) * TILE + sum_counts(counts_ptr, segment, STEP)
+        store_columns(candidates_ptr, segment * TILE, before(reached.to(tl.int32)), reached, TILE)
