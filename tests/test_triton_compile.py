@@ -140,7 +140,9 @@ def test_every_kernel_compiles_at_the_papers_sizes(
     """H = 64, D = 128, topk = 2048, B = 128, m = 64, a query and many, within the architecture's shared memory."""
     one, many = record(monkeypatch, dtype, arch), record(monkeypatch, dtype, arch, queries=1024)
     assert len(one) == 7
-    assert len(many) == (7 if dtype == torch.float32 else 9)
+    # Queries in float8 are widened for the coarse kernel of sm_90.
+    widened = arch == "sm_90" and dtype == torch.float8_e4m3fn
+    assert len(many) == (7 if dtype == torch.float32 else 9 + widened)
     known = {kernel for kernel, *_ in one}
     check(one + [recorded for recorded in many if recorded[0] not in known], arch)
 

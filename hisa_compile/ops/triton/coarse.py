@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 from .keys import score_bits
-from .operands import FP8_NONE
+from .operands import FP8_NONE, load_operand
 from .score import head_sum, load_query, load_vectors, load_weights, multiply, real_heads
-from .visible import eligible_blocks, group_window, row_segment, row_window
+from .visible import eligible_blocks, group_window, row_coordinates, row_segment, row_window
 
 
 @triton.jit(
@@ -88,3 +88,20 @@ def coarse_kernel(
                     products = multiply(x, part, products, WIDEN)
             scores = head_sum(products, weights, real_heads(H, PADDED_H), None, None, None)
             tl.store(block_scores_ptr + row.to(tl.int64) * pitch + column, score_bits(scores, eligible), mask=exists)
+
+
+@triton.jit(do_not_specialize=["first_row", "S"])
+def widen_queries_kernel(
+    q_ptr, q_sb, q_ss, q_sh, q_sd, wide_ptr, first_row, S,
+    H: tl.constexpr, D: tl.constexpr, PADDED_H: tl.constexpr, TILE_D: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """wide_ptr [rows, H, D] gets the q of a chunk's rows in its own dtype, grid (rows): float8 that meets means."""
+    row = tl.program_id(0)
+    _, batch, query_index = row_coordinates(first_row, row, S)
+    h = tl.arange(0, PADDED_H)
+    d = tl.arange(0, TILE_D)
+    wanted = (h < H)[:, None] & (d < D)[None, :]
+    at = q_ptr + batch * q_sb + query_index * q_ss + h.to(tl.int64)[:, None] * q_sh + d.to(tl.int64)[None, :] * q_sd
+    query = load_operand(at, wanted, FP8)
+    out = wide_ptr + row.to(tl.int64) * (H * D) + h[:, None] * D + d[None, :]
+    tl.store(out, query.to(wide_ptr.dtype.element_ty), mask=wanted)

@@ -13,7 +13,7 @@ import triton
 
 # Everything the operator allocates besides its outputs stays below this, but for what is linear in the number of keys
 # (block means, the last-valid table, bounds of segments, lists of pairs) and the least that a single row needs.
-WORKSPACE_BYTES = 48 * 2**20
+WORKSPACE_BYTES = 58 * 2**20
 # Entries that one program sorts; longer rows are sorted in tiles of this size and merged.
 SORT_TILE = 4096
 # Rank keys that one program holds in registers while it selects.
@@ -40,6 +40,8 @@ FEW_PAIRS = 2
 MANY_PROGRAMS = 2048
 # A tile of means is read for fewer rows than that of a block's keys: it pays to wait for more of them.
 MANY_COARSE_PROGRAMS = 640
+# On sm_90 no more than run at once, three on each of 132 multiprocessors: they are long enough.
+MANY_COARSE_HOPPER_PROGRAMS = 372
 
 
 class Tiles(NamedTuple):
@@ -78,6 +80,10 @@ class Launch(NamedTuple):
 
 def coarse_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
     return Launch(2 if dtype.itemsize < 4 else 1, tiles.num_warps)
+
+
+def coarse_hopper_launch(tiles: Tiles) -> Launch:
+    return Launch(2, tiles.num_warps, 168)
 
 
 def by_block_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:

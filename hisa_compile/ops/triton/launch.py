@@ -21,9 +21,9 @@ from ..budget import Budget
 from ..reference import pooled_dtype
 from ..visibility import Visibility
 from . import config
-from .coarse import coarse_kernel
+from .coarse import coarse_kernel, widen_queries_kernel
 from .config import Launch
-from .descriptor import describe, query_rows
+from .descriptor import QueryRows, describe, query_rows
 from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_kernel
 from .group import list_items_kernel, sort_pairs_kernel
 from .long_rows import count_candidates_kernel, guess_key_kernel, list_candidates_kernel
@@ -186,6 +186,8 @@ class _Call:
         copied = self.plan.by_block and q.dtype.itemsize < 4 and fits and is_hopper(q)
         self.query_rows = query_rows(q) if copied else None
         self.q = q
+        windows_only = visibility.mask is None and visibility.key_valid is None and visibility.k_segment is None
+        self.coarse_copied = self.query_rows is not None and self.plan.prune and windows_only
         self.shape = {
             "H": heads,
             "D": self.dim,
@@ -210,6 +212,7 @@ class _Call:
         self.kept: dict[str, Tensor | None] = {"kept_ptr": None, "kept_count_ptr": None}
         self.kept_flag = self.counts = self.rank = None
         self.candidates = self.guess = self.column_counts = None
+        self.wide: Tensor | None = None
         if self.plan.prune:
             self.kept = {"kept_ptr": self.empty(rows, self.block_topk), "kept_count_ptr": self.empty(rows)}
             self.kept_flag = self.empty(rows, self.plan.blocks, dtype=torch.int8)
@@ -278,22 +281,25 @@ class _Call:
     def coarse(self, chunk: Chunk, at: dict[str, int], means: dict[str, Any]) -> None:
         """Scores of blocks, and the kept ones."""
         tiles = triton.cdiv(self.plan.blocks, self.plan.tiles.tile)
-        group = rows_past_a_tile(chunk.rows, tiles, config.MANY_COARSE_PROGRAMS)
+        work = self.query | self.seen | means | at | self.shape
+        work |= {"block_scores_ptr": self.score_bits, "pitch": self.plan.pitch, "M": self.plan.blocks}
+        kernel: Any = coarse_kernel
         how = config.coarse_launch(self.plan.tiles, self.dtype)
+        busy = config.MANY_COARSE_PROGRAMS
+        if self.coarse_copied:
+            from .coarse_hopper import coarse_hopper_kernel as kernel
+
+            how = config.coarse_hopper_launch(self.plan.tiles)
+            busy = config.MANY_COARSE_HOPPER_PROGRAMS
+            work = self.copied_query(chunk, means["means_ptr"].dtype) | _only(work, kernel)
+        group = rows_past_a_tile(chunk.rows, tiles, busy)
         launch(
-            coarse_kernel,
+            kernel,
             chunk.batches * triton.cdiv(chunk.of_batch, group) * tiles,
             how,
-            **self.query,
-            **self.seen,
-            **means,
-            **at,
-            **self.shape,
-            block_scores_ptr=self.score_bits,
+            **work,
             rows_per_batch=chunk.of_batch,
             group_rows=group,
-            M=self.plan.blocks,
-            pitch=self.plan.pitch,
             MOST_ROWS=config.MOST_ROWS,
             STAGES=how.stages,
         )
@@ -317,6 +323,24 @@ class _Call:
             TILE=min(triton.next_power_of_2(self.plan.blocks), config.SELECT_TILE),
             ONE_TILE=self.plan.blocks <= config.SELECT_TILE,
         )
+
+    def described(self, q: Tensor, rows: QueryRows) -> dict[str, Any]:
+        descriptor = describe(q, rows, self.plan.tiles)
+        return {"q_desc": descriptor, "q_query_rows": rows.of_query, "q_batch_rows": rows.of_batch}
+
+    def copied_query(self, chunk: Chunk, dtype: torch.dtype) -> dict[str, Any]:
+        """q for the coarse kernel of sm_90, in the dtype of the means: float8 is widened once for all of them."""
+        if self.dtype == dtype:
+            assert self.query_rows is not None
+            return self.described(self.q, self.query_rows) | {"OF_CHUNK": False}
+        if self.wide is None:
+            self.wide = self.empty(self.plan.chunks[0].rows, 1, self.q.shape[2], self.dim, dtype=dtype)
+        shape = {name: self.shape[name] for name in ("H", "D", "PADDED_H", "TILE_D", "FP8")}
+        query = {name: self.query[name] for name in ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd")}
+        at = {"first_row": chunk.first_row, "S": self.queries}
+        launch(widen_queries_kernel, chunk.rows, Launch(1, 8), **query, **at, **shape, wide_ptr=self.wide)
+        rows = QueryRows(self.wide.shape[0] * self.wide.shape[2], self.wide.shape[2], 0)
+        return self.described(self.wide, rows) | {"OF_CHUNK": True}
 
     def list_pairs(self, chunk: Chunk, at: dict[str, int]) -> None:
         """The pairs (row, kept block) by block, and the items of work that they make."""
@@ -387,9 +411,7 @@ class _Call:
             from .refine_hopper import refine_by_block_hopper_kernel as kernel
 
             how = config.hopper_launch(self.plan.tiles, self.dtype)
-            work = {name: x for name, x in work.items() if name not in ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd")}
-            work |= {"q_desc": describe(self.q, self.query_rows, self.plan.tiles)}
-            work |= {"q_query_rows": self.query_rows.of_query, "q_batch_rows": self.query_rows.of_batch}
+            work = _only(work, kernel) | self.described(self.q, self.query_rows)
         launch(
             kernel,
             programs,
@@ -485,3 +507,9 @@ class _Call:
             LOG_TILE=self.plan.sort_tile.bit_length() - 1,
             MARK_HIDDEN=self.mark_hidden,
         )
+
+
+def _only(arguments: dict[str, Any], kernel: Any) -> dict[str, Any]:
+    """Those of ``arguments`` that the kernel has."""
+    names = {parameter.name for parameter in kernel.params}
+    return {name: x for name, x in arguments.items() if name in names}

@@ -90,6 +90,9 @@ class Plan:
         if self.prune:
             # Kept blocks, their places among the pairs of a block, the pairs, and items of at least 4 pairs.
             row_bytes += self.blocks + 4 + 20 * block_topk
+            if dtype.itemsize == 1:
+                # The query in the means' dtype.
+                row_bytes += 2 * heads * dim
         if not self.one_tile:
             # Candidates, the guess, two counts a segment.
             row_bytes += 4 * config.SELECT_TILE + 4 + 8 * self.segments

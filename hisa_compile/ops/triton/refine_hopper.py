@@ -1,41 +1,12 @@
-"""The refinement stage by block for NVIDIA's sm_90, in Gluon, Triton's lower level.
-
-A product of 64 tokens with 64 heads and its sum over heads take 130 ns a query and half a block on one multiprocessor
-of an H100 if nothing else happens, in float8; what comes on top is what this kernel is about:
-
-- the keys, which stay for many queries, are in registers: both operands in shared memory would take all it delivers;
-- queries are copied by the tensor memory accelerator, one instruction of one thread each, while the product before
-  runs.  Stages are unrolled and have buffers of their own, so that one barrier a query is enough;
-- whether a tile is seen whole is part of the pair (see :mod:`.group`), so that windows are read where they cut one;
-- each thread ends with one score, which takes a fourth of the instructions for its bits and its place;
-- 128 registers a thread, so that four programs share a multiprocessor and one adds up while others multiply.
-
-The bits are those of :mod:`.refine`: what works on layouts that are given already is called from the same modules,
-what makes layouts has to say which, and so is written here.
-"""
+"""The refinement stage by block for NVIDIA's sm_90, see :mod:`.hopper`."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .group import IS_CUT, pair_row, pair_slot
-from .keys import HIDDEN_BITS, score_bits
-from .operands import load_factor
-from .score import head_sum, is_any_negative
-from .visible import group_window, row_segment, row_window, visible_tokens
-
-# Triton 3.7 renamed it.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-
-@gluon.jit
-def _fetch(q_desc, full, q_tile, descriptor_row, BYTES: gl.constexpr):
-    """Start copying the rows of q from ``descriptor_row`` on; everyone must be past the buffer's last use."""
-    mbarrier.expect(full, BYTES)
-    _barrier()
-    tma.async_copy_global_to_shared(q_desc, [descriptor_row, 0], full, q_tile)
+from .hopper import score_tile_of_rows
+from .visible import group_window
 
 
 @gluon.jit(
@@ -65,23 +36,6 @@ def refine_by_block_hopper_kernel(
     q_desc describes q as a matrix of rows of D elements, those of the heads of one query side by side; a query is
     ``q_query_rows`` behind the one before it, a sequence ``q_batch_rows``.
     """
-    WARPS: gl.constexpr = gl.num_warps()
-    BITS: gl.constexpr = q_desc.dtype.primitive_bitwidth
-    BYTES: gl.constexpr = PADDED_H * TILE_D * BITS // 8
-    VECTOR: gl.constexpr = 128 // BITS
-    LANES: gl.constexpr = TILE_D // VECTOR
-    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PADDED_H, 256 // BITS])
-    of_keys: gl.constexpr = gl.DotOperandLayout(0, product, 32 // BITS)
-    tokens: gl.constexpr = gl.SliceLayout(1, product)
-    heads: gl.constexpr = gl.SliceLayout(0, product)
-    k_copy: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PADDED_H, TILE_D], q_desc.dtype)
-    # Four threads have the same tokens' sums: 4 of them in a tile of 128, one of which each keeps.
-    if WARPS == 4 and TILE == 128:
-        once: gl.constexpr = gl.DistributedLinearLayout([], [[8], [64], [1], [2], [4]], [[16], [32]], [], [TILE])
-    else:
-        once: gl.constexpr = tokens
-
     program = gl.program_id(0)
     inside = 0
     if items_ptr is not None:
@@ -112,7 +66,7 @@ def refine_by_block_hopper_kernel(
 
     cut = False
     if items_ptr is None:
-        near = gl.arange(0, MOST_ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        near = gl.arange(0, MOST_ROWS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
         touched, cut = group_window(
             near, first_token, first_token + TILE, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss,
             batch, first_query + first, last - first, T,
@@ -121,107 +75,19 @@ def refine_by_block_hopper_kernel(
             last = first
 
     if first < last:
-        q_tiles = ()
-        full = ()
-        for _stage in gl.static_range(STAGES):
-            q_tiles = q_tiles + (gl.allocate_shared_memory(q_desc.dtype, [PADDED_H, TILE_D], q_shared),)
-            full = full + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
-        for stage in gl.static_range(STAGES):
-            mbarrier.init(full[stage], count=1)
-        q_at = (batch * q_batch_rows + query_of_row * q_query_rows).to(gl.int32)
-        for stage in gl.static_range(STAGES - 1):
-            row = of_batch + gl.minimum(first + stage, last - 1)
-            if items_ptr is not None:
-                row = pair_row(gl.load(pairs_ptr + gl.minimum(first + stage, last - 1)))
-            _fetch(q_desc, full[stage], q_tiles[stage], q_at + row * q_query_rows, BYTES)
-
-        if valid_ptr is not None:
-            valid_ptr += batch * valid_sb
-        if mask_ptr is not None:
-            mask_ptr += batch * mask_sb
-        if k_segment_ptr is not None:
-            k_segment_ptr += batch * k_segment_sb
-        look: gl.constexpr = valid_ptr is not None or mask_ptr is not None or k_segment_ptr is not None
-        key_token = first_token + gl.arange(0, TILE, layout=gl.SliceLayout(1, k_copy))
-        key_dim = gl.arange(0, TILE_D, layout=gl.SliceLayout(0, k_copy))
-        keys = gl.load(
-            k_ptr + batch * k_sb + key_token[:, None] * k_st + key_dim.to(gl.int64)[None, :] * k_sd,
-            mask=(key_token < T)[:, None] & (key_dim < D)[None, :],
-            other=0.0,
-        )
-        keys = gl.convert_layout(keys, of_keys)
-        token = first_token + gl.arange(0, TILE, layout=tokens)
-        scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, token < T)
-        factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, token < T)
-        any_negative = is_any_negative(scale)
-        h = gl.arange(0, PADDED_H, layout=heads)
-        real = None
-        if PADDED_H != H:
-            real = h < H
-        position = gl.arange(0, TILE, layout=once)
-        exists = first_token + position < T
-        zeros = gl.zeros([TILE, PADDED_H], gl.float32, layout=product)
-
-        # What is scored next, and what is copied next; pairs are loaded a query early.  The last pair is scored again
-        # where the stages end behind it, which changes nothing.
-        pair = 0
-        row = of_batch + first
-        ahead = of_batch + gl.minimum(first + STAGES - 1, last - 1)
-        if items_ptr is not None:
-            pair = gl.load(pairs_ptr + first)
-            ahead = pair_row(gl.load(pairs_ptr + gl.minimum(first + STAGES - 1, last - 1)))
-        phase = 0
-        for base in range(first, last, STAGES):
-            for stage in gl.static_range(STAGES):
-                if items_ptr is not None:
-                    row = pair_row(pair)
-                weights_ptr = w_ptr + (row * w_sr + h)
-                if real is None:
-                    weights = gl.load(weights_ptr)
-                else:
-                    weights = gl.load(weights_ptr, mask=real, other=0.0)
-                mbarrier.wait(full[stage], phase)
-                products = warpgroup_mma(keys, q_tiles[stage].permute((1, 0)), zeros, use_acc=False, is_async=True)
-                # Into the buffer of the query before, whose product everyone has waited for.
-                _fetch(
-                    q_desc, full[(stage + STAGES - 1) % STAGES], q_tiles[(stage + STAGES - 1) % STAGES],
-                    q_at + ahead * q_query_rows, BYTES,
-                )  # fmt: skip
-                next_one = gl.minimum(base + stage + 1, last - 1)
-                next_ahead = gl.minimum(base + stage + STAGES, last - 1)
-                column = first_token.to(gl.int32)
-                query = query_of_row + row
-                out_ptr = token_scores_ptr + row * pitch
-                if items_ptr is not None:
-                    column = pair_slot(pair) * BLOCK_SIZE + inside
-                    cut = (pair & IS_CUT) != 0
-                    pair = gl.load(pairs_ptr + next_one)
-                    ahead = pair_row(gl.load(pairs_ptr + next_ahead))
-                else:
-                    row = of_batch + next_one
-                    ahead = of_batch + next_ahead
-                products = warpgroup_mma_wait(0, deps=[products])
-                scores = head_sum(products, weights, real, scale, any_negative, factor)
-                bits = score_bits(gl.convert_layout(scores, once), None)
-                if look or cut:
-                    start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query, T)
-                    segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query)
-                    row_mask_ptr = mask_ptr
-                    if mask_ptr is not None:
-                        row_mask_ptr += query * mask_ss
-                    visible = visible_tokens(
-                        first_token + position, start, end, valid_ptr, valid_st, row_mask_ptr, mask_st,
-                        k_segment_ptr, k_segment_st, segment,
-                    )  # fmt: skip
-                    bits = gl.where(visible, bits, HIDDEN_BITS)
-                if items_ptr is None:
-                    gl.store(out_ptr + (column + position), bits, mask=exists)
-                else:
-                    # Every column of a kept block is read later, also those past the last token.
-                    gl.store(out_ptr + (column + position), bits)
-            phase ^= 1
-        # Copies must not arrive in the shared memory of whoever comes after.
-        for stage in gl.static_range(STAGES - 1):
-            mbarrier.wait(full[stage], phase)
-        for stage in gl.static_range(STAGES):
-            mbarrier.invalidate(full[stage])
+        score_tile_of_rows(
+            q_desc, (batch * q_batch_rows + query_of_row * q_query_rows).to(gl.int32), q_query_rows,
+            k_ptr + batch * k_sb, k_st, k_sd, T, first_token, inside,
+            w_ptr, w_sr,
+            scale_ptr, scale_sb, scale_st,
+            k_weight_ptr, k_weight_sb, k_weight_st,
+            start_ptr, start_sb, start_ss,
+            end_ptr, end_sb, end_ss,
+            valid_ptr, valid_sb, valid_st,
+            mask_ptr, mask_sb, mask_ss, mask_st,
+            q_segment_ptr, q_segment_sb, q_segment_ss,
+            k_segment_ptr, k_segment_sb, k_segment_st,
+            pairs_ptr, token_scores_ptr,
+            batch, of_batch, query_of_row, first, last, cut, pitch, T,
+            H, D, BLOCK_SIZE, 1, PADDED_H, TILE_D, TILE, STAGES,
+        )  # fmt: skip
