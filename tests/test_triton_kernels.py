@@ -211,6 +211,7 @@ def small_tiles(workspace: int = 1) -> Iterator[None]:
         "MANY_COARSE_PROGRAMS": 1,
         "EMIT_TILE": 4,
         "LIST_TILE": 2,
+        "LIST_PARTS": 2,
         "WORKSPACE_BYTES": workspace,
     }
     with mock.patch.multiple(config, **values):

@@ -27,7 +27,9 @@ EMIT_TILE = 2048
 # Tokens that one step of the search for hidden tokens looks at.
 SCAN_TILE = 1024
 # Lists of pairs whose places one program works out.
-LIST_TILE = 256
+LIST_TILE = 64
+# Items of a list that are written at once.
+LIST_PARTS = 16
 # Pairs that one program sorts by block.
 PAIR_TILE = 512
 # Most rows that go past one tile of vectors, so that the tile is read once for all of them.
@@ -102,4 +104,4 @@ def by_row_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
 def select_launch(columns: int) -> Launch:
     """One warp counts short rows without waiting for others."""
     width = triton.next_power_of_2(columns)
-    return Launch(1, 1 if width <= 512 else 4 if width <= 2048 else 8, 128 if width > 2048 else None)
+    return Launch(1, 1 if width <= 512 else 4 if width <= 2048 else 8, 80 if width > 2048 else None)

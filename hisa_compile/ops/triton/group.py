@@ -30,35 +30,49 @@ def pair_slot(pair):
 
 @triton.jit(do_not_specialize=["lists", "most_pairs"])
 def list_items_kernel(
-    counts_ptr, offsets_ptr, items_ptr, item_count_ptr, lists, most_pairs, TILE: tl.constexpr, SUM_TILE: tl.constexpr
+    counts_ptr, offsets_ptr, items_ptr, item_count_ptr, lists, most_pairs,
+    TILE: tl.constexpr, SUM_TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(lists, TILE)).  From the number of pairs of each (batch, block), counts_ptr int32 [lists]:
 
     offsets_ptr int32 [lists + 1] gets where each list of pairs begins, items_ptr int32 [items, 2] (list, first pair)
-    of every item of work, which is at most ``most_pairs`` pairs of one list, and item_count_ptr their number.
+    of every item of work, which is at most ``most_pairs`` pairs of one list, and item_count_ptr their number.  Items
+    of fewer pairs come last: a GPU that has no more work is then idle for a short one's time at most.
     A program adds up what comes before its own lists by itself: they are few, and nobody has to wait.
     """
     base = tl.program_id(0) * TILE
     pairs = tl.zeros([SUM_TILE], tl.int32)
-    items = tl.zeros([SUM_TILE], tl.int32)
-    for before in range(0, base, SUM_TILE):
+    full = tl.zeros([SUM_TILE], tl.int32)
+    short = tl.zeros([SUM_TILE], tl.int32)
+    all_full = tl.zeros([SUM_TILE], tl.int32)
+    for before in range(0, lists, SUM_TILE):
         number = before + tl.arange(0, SUM_TILE)
-        count = tl.load(counts_ptr + number, mask=number < base, other=0)
+        count = tl.load(counts_ptr + number, mask=number < lists, other=0)
+        all_full += count // most_pairs
+        count = tl.where(number < base, count, 0)
         pairs += count
-        items += (count + most_pairs - 1) // most_pairs
+        full += count // most_pairs
+        short += (count % most_pairs != 0).to(tl.int32)
     first = tl.sum(pairs, axis=0)
+    total_full = tl.sum(all_full, axis=0)
     number = base + tl.arange(0, TILE)
     count = tl.load(counts_ptr + number, mask=number < lists, other=0)
     first_pair = first + tl.cumsum(count, axis=0) - count
     tl.store(offsets_ptr + number, first_pair, mask=number < lists)
-    parts = (count + most_pairs - 1) // most_pairs
-    item = tl.sum(items, axis=0) + tl.cumsum(parts, axis=0) - parts
-    for part in range(tl.max(parts, axis=0)):
-        tl.store(items_ptr + 2 * (item + part), number, mask=part < parts)
-        tl.store(items_ptr + 2 * (item + part) + 1, first_pair + part * most_pairs, mask=part < parts)
+    parts = count // most_pairs
+    rest = (count % most_pairs != 0).to(tl.int32)
+    item = tl.sum(full, axis=0) + tl.cumsum(parts, axis=0) - parts
+    short_item = total_full + tl.sum(short, axis=0) + tl.cumsum(rest, axis=0) - rest
+    for part in range(0, tl.max(parts, axis=0), PARTS):
+        each = part + tl.arange(0, PARTS)[None, :]
+        place = items_ptr + 2 * (item[:, None] + each)
+        tl.store(place, number[:, None] + each * 0, mask=each < parts[:, None])
+        tl.store(place + 1, first_pair[:, None] + each * most_pairs, mask=each < parts[:, None])
+    tl.store(items_ptr + 2 * short_item, number, mask=rest != 0)
+    tl.store(items_ptr + 2 * short_item + 1, first_pair + parts * most_pairs, mask=rest != 0)
     if base + TILE >= lists:
         tl.store(offsets_ptr + lists, first + tl.sum(count, axis=0))
-        tl.store(item_count_ptr, tl.sum(items, axis=0) + tl.sum(parts, axis=0))
+        tl.store(item_count_ptr, total_full + tl.sum(short, axis=0) + tl.sum(rest, axis=0))
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "rows_per_batch", "S", "T", "M", "block_topk", "lists"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .keys import HIDDEN_BITS, HIDDEN_KEY, key_score, rank_key, stored_key
+from .keys import HIDDEN_BITS, HIDDEN_KEY, key_score, stored_key
 
 # A row's columns are held as [TILE / 128, 128]: a warp then has neighbouring columns, and counts what is before each of
 # them without other warps.
@@ -51,14 +51,18 @@ def how_many(x):
 def _next_pivot(low, high, at_low, above_high, wanted, step):
     """A key in (low, high], near the wanted one if scores are spread evenly between the two.
 
-    ``at_low`` keys are >= low and ``above_high`` are > high.  Every third guess is the middle instead, which bounds
+    ``at_low`` keys are >= low and ``above_high`` are > high.  Every fourth guess is the middle instead, which bounds
     what an uneven spread costs.
     """
-    share = tl.where(step % 3 != 2, (wanted - above_high).to(tl.float32) / (at_low - above_high).to(tl.float32), 0.5)
+    # A product with a quotient that may be a little off: it is a guess.
+    share = (wanted - above_high).to(tl.float32) * (1.0 / (at_low - above_high).to(tl.float32))
     top = key_score(high)
-    guess = rank_key(top - share * (top - key_score(low)))
-    halfway = (high.to(tl.int64) - (high.to(tl.int64) - low.to(tl.int64)) // 2).to(tl.int32)
-    return tl.where((step < _GUESSES) & (guess > low) & (guess <= high), guess, halfway)
+    guess = top - tl.where(step % 4 == 2, 0.5, share) * (top - key_score(low))
+    # Bits of a NaN are no key in between, or one: either is fine.
+    pivot = stored_key(guess.to(tl.int32, bitcast=True))
+    if (step >= _GUESSES) | (pivot <= low) | (pivot > high):
+        pivot = (high.to(tl.int64) - (high.to(tl.int64) - low.to(tl.int64)) // 2).to(tl.int32)
+    return pivot
 
 
 @triton.jit
@@ -84,12 +88,9 @@ def _cut(low, at_low, above_high, wanted):
 def kth_key(keys, wanted):
     """(threshold, ties) for the best ``wanted`` of ``keys`` int32 [.., ..], fewer where fewer are not HIDDEN_KEY."""
     high = tl.max(keys, axis=None)
-    low = tl.min(keys, axis=None)
-    at_low = wanted * 0 + keys.shape[0] * keys.shape[1]
-    if low == HIDDEN_KEY:
-        present = keys != HIDDEN_KEY
-        at_low = how_many(present)
-        low = tl.min(tl.where(present, keys, high), axis=None)
+    # HIDDEN_KEY - 1 is the greatest integer, so that the least of the others is found; without others it is itself.
+    low = tl.min(keys - 1, axis=None) + 1
+    at_low = how_many(keys != HIDDEN_KEY)
     wanted = tl.minimum(wanted, at_low)
     above_high = wanted * 0
     step = wanted * 0

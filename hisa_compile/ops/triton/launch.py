@@ -354,7 +354,8 @@ class _Call:
             lists=lists,
             most_pairs=self.plan.pairs_of_item,
             TILE=config.LIST_TILE,
-            SUM_TILE=8 * config.LIST_TILE,
+            SUM_TILE=16 * config.LIST_TILE,
+            PARTS=config.LIST_PARTS,
         )
         launch(
             sort_pairs_kernel,
@@ -385,6 +386,8 @@ class _Call:
             share = max(1, min(tiles, chunk.rows * tiles // config.MANY_PROGRAMS)) * self.plan.tiles.tile
             groups = triton.cdiv(self.plan.columns, share)
             how = config.by_row_launch(self.plan.tiles, self.dtype)
+            # Buffers that a short loop does not fill would only keep other programs away.
+            how = how._replace(stages=min(how.stages, share // self.plan.tiles.tile))
             launch(
                 refine_by_row_kernel,
                 chunk.rows * groups,

@@ -58,7 +58,8 @@ def pool_kernel(
     last = -1
     low = first * 0 + 9223372036854775807
     high = -1 - low
-    for offset in range(0, BLOCK_SIZE, TILE):
+    # Unrolled, so that the loads of several steps are under way at once.
+    for offset in tl.range(0, BLOCK_SIZE, TILE, loop_unroll_factor=4):
         inside = offset + tl.arange(0, TILE)
         token = first + inside
         exists = (inside < BLOCK_SIZE) & (token < T)
