@@ -13,9 +13,8 @@ from .visible import group_window
     do_not_specialize=["q_query_rows", "q_batch_rows", "first_row", "rows_per_batch", "group_rows", "S", "T", "M"],
 )
 def coarse_hopper_kernel(
-    q_desc, q_query_rows, q_batch_rows,
+    q_desc, q_query_rows, q_batch_rows, w_desc,
     means_ptr, means_sb, means_sm, means_sd,
-    w_ptr, w_sr,
     start_ptr, start_sb, start_ss,
     end_ptr, end_sb, end_ss,
     block_scores_ptr,
@@ -52,9 +51,8 @@ def coarse_hopper_kernel(
         else:
             q_at = (batch * q_batch_rows + query_of_row * q_query_rows).to(gl.int32)
         score_tile_of_rows(
-            q_desc, q_at, q_query_rows,
+            q_desc, q_at, q_query_rows, w_desc,
             means_ptr + batch * means_sb, means_sm, means_sd, M, tile.to(gl.int64) * TILE, 0,
-            w_ptr, w_sr,
             None, 0, 0,
             None, 0, 0,
             start_ptr, start_sb, start_ss,

@@ -1,4 +1,4 @@
-"""q as a matrix of rows of D elements, from which the tensor memory accelerator of sm_90 copies whole queries."""
+"""q and weights as the tensor memory accelerator of sm_90 copies them: q as a matrix of rows of D elements."""
 
 from __future__ import annotations
 
@@ -42,3 +42,12 @@ def describe(q: Tensor, rows: QueryRows, tiles: Tiles) -> Any:
     # The layout depends on the width of an element alone.
     layout = gl.NVMMASharedLayout.get_default_for(shape, gl.float8e4nv if q.itemsize == 1 else gl.float16)
     return TensorDescriptor(q, [rows.rows, q.shape[3]], [q.stride(2), 1], shape, layout)
+
+
+def describe_weights(weights: Tensor, tiles: Tiles) -> Any:
+    """The descriptor of copies of one row of weights [rows, H], contiguous, H a multiple of 4; what follows pads it."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(weights, [weights.numel()], [1], [tiles.padded_heads], layout)

@@ -5,8 +5,8 @@ of an H100 if nothing else happens, in float8; what comes on top is what this ke
 
 - the keys, or means of blocks, which stay for many queries, are in registers: both operands in shared memory would
   take all it delivers;
-- queries are copied by the tensor memory accelerator, one instruction of one thread each, while the product before
-  runs.  Stages are unrolled and have buffers of their own, so that one barrier a query is enough;
+- queries and their weights are copied by the tensor memory accelerator, an instruction of one thread each, while the
+  product before runs.  Stages are unrolled and have buffers of their own, so that one barrier a query is enough;
 - whether a tile is seen whole is part of the pair (see :mod:`.group`), so that windows are read where they cut one;
 - each thread ends with one score, which takes a fourth of the instructions for its bits and its place;
 - 128 registers a thread, so that four programs share a multiprocessor and one adds up while others multiply.
@@ -32,18 +32,18 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
-def _fetch(q_desc, full, q_tile, descriptor_row, BYTES: gl.constexpr):
-    """Start copying the rows of q from ``descriptor_row`` on; everyone must be past the buffer's last use."""
+def _fetch(q_desc, w_desc, full, q_tile, w_tile, q_row, w_first, BYTES: gl.constexpr):
+    """Start copying the rows of q from ``q_row`` on, and weights; all must be past the buffers' last use."""
     mbarrier.expect(full, BYTES)
     _barrier()
-    tma.async_copy_global_to_shared(q_desc, [descriptor_row, 0], full, q_tile)
+    tma.async_copy_global_to_shared(q_desc, [q_row, 0], full, q_tile)
+    tma.async_copy_global_to_shared(w_desc, [w_first], full, w_tile)
 
 
 @gluon.jit
 def score_tile_of_rows(
-    q_desc, q_at, q_query_rows,
+    q_desc, q_at, q_query_rows, w_desc,
     x_ptr, x_sx, x_sd, x_count, first_vector, inside,
-    w_ptr, w_sr,
     scale_ptr, scale_sb, scale_st,
     k_weight_ptr, k_weight_sb, k_weight_st,
     start_ptr, start_sb, start_ss,
@@ -63,10 +63,11 @@ def score_tile_of_rows(
     last), and the scores' columns those of the pair's slot and ``inside`` it, or, where pairs_ptr is None, rows
     ``of_batch`` + [first, last) and the columns of the vectors' numbers; ``cut`` then tells whether a window cuts the
     tile.  ``query_of_row`` added to a row of the chunk is its query, q_at + q_query_rows * row its first row in q_desc.
+    w_desc: the chunk's weights, H float32 a row, as one vector.
     """
     WARPS: gl.constexpr = gl.num_warps()
     BITS: gl.constexpr = q_desc.dtype.primitive_bitwidth
-    BYTES: gl.constexpr = PADDED_H * TILE_D * BITS // 8
+    BYTES: gl.constexpr = PADDED_H * TILE_D * BITS // 8 + PADDED_H * 4
     VECTOR: gl.constexpr = 128 // BITS
     LANES: gl.constexpr = TILE_D // VECTOR
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PADDED_H, 256 // BITS])
@@ -74,6 +75,7 @@ def score_tile_of_rows(
     tokens: gl.constexpr = gl.SliceLayout(1, product)
     heads: gl.constexpr = gl.SliceLayout(0, product)
     k_copy: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    w_shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PADDED_H, TILE_D], q_desc.dtype)
     # Four threads have the same tokens' sums: 4 of them in a tile of 128, one of which each keeps.
     if WARPS == 4 and TILE == 128:
@@ -82,9 +84,11 @@ def score_tile_of_rows(
         once: gl.constexpr = tokens
 
     q_tiles = ()
+    w_tiles = ()
     full = ()
     for _stage in gl.static_range(STAGES):
         q_tiles = q_tiles + (gl.allocate_shared_memory(q_desc.dtype, [PADDED_H, TILE_D], q_shared),)
+        w_tiles = w_tiles + (gl.allocate_shared_memory(gl.float32, [PADDED_H], w_shared),)
         full = full + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full[stage], count=1)
@@ -92,7 +96,7 @@ def score_tile_of_rows(
         row = of_batch + gl.minimum(first + stage, last - 1)
         if pairs_ptr is not None:
             row = pair_row(gl.load(pairs_ptr + gl.minimum(first + stage, last - 1)))
-        _fetch(q_desc, full[stage], q_tiles[stage], q_at + row * q_query_rows, BYTES)
+        _fetch(q_desc, w_desc, full[stage], q_tiles[stage], w_tiles[stage], q_at + row * q_query_rows, row * H, BYTES)
 
     if valid_ptr is not None:
         valid_ptr += batch * valid_sb
@@ -113,10 +117,9 @@ def score_tile_of_rows(
     scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, token < x_count)
     factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, token < x_count)
     any_negative = is_any_negative(scale)
-    h = gl.arange(0, PADDED_H, layout=heads)
     real = None
     if PADDED_H != H:
-        real = h < H
+        real = gl.arange(0, PADDED_H, layout=heads) < H
     position = gl.arange(0, TILE, layout=once)
     exists = first_vector + position < x_count
     zeros = gl.zeros([TILE, PADDED_H], gl.float32, layout=product)
@@ -134,18 +137,15 @@ def score_tile_of_rows(
         for stage in gl.static_range(STAGES):
             if pairs_ptr is not None:
                 row = pair_row(pair)
-            weights_ptr = w_ptr + (row * w_sr + h)
-            if real is None:
-                weights = gl.load(weights_ptr)
-            else:
-                weights = gl.load(weights_ptr, mask=real, other=0.0)
             mbarrier.wait(full[stage], phase)
             products = warpgroup_mma(keys, q_tiles[stage].permute((1, 0)), zeros, use_acc=False, is_async=True)
             # Into the buffer of the query before, whose product everyone has waited for.
             _fetch(
-                q_desc, full[(stage + STAGES - 1) % STAGES], q_tiles[(stage + STAGES - 1) % STAGES],
-                q_at + ahead * q_query_rows, BYTES,
+                q_desc, w_desc, full[(stage + STAGES - 1) % STAGES], q_tiles[(stage + STAGES - 1) % STAGES],
+                w_tiles[(stage + STAGES - 1) % STAGES], q_at + ahead * q_query_rows, ahead * H, BYTES,
             )  # fmt: skip
+            # Past H they are another row's, which ``real`` keeps out.
+            weights = w_tiles[stage].load(heads)
             next_one = gl.minimum(base + stage + 1, last - 1)
             next_ahead = gl.minimum(base + stage + STAGES, last - 1)
             column = first_vector.to(gl.int32)

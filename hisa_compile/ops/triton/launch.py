@@ -23,7 +23,7 @@ from ..visibility import Visibility
 from . import config
 from .coarse import coarse_kernel, widen_queries_kernel
 from .config import Launch
-from .descriptor import QueryRows, describe, query_rows
+from .descriptor import QueryRows, describe, describe_weights, query_rows
 from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_kernel
 from .group import list_items_kernel, sort_pairs_kernel
 from .long_rows import count_candidates_kernel, guess_key_kernel, list_candidates_kernel
@@ -181,8 +181,9 @@ class _Call:
         self.query = _strided("q", q, "bshd", fp8)
         self.weights = weights
         tiles = self.plan.tiles
-        # Four warps share 64 tokens there, and one product instruction takes at most 256 heads.
-        fits = tiles.tile >= 16 * tiles.num_warps and tiles.padded_heads <= 256
+        # Four warps share 64 tokens there, one product instruction takes at most 256 heads, and copies of weights begin
+        # at multiples of 16 bytes.
+        fits = tiles.tile >= 16 * tiles.num_warps and tiles.padded_heads <= 256 and heads % 4 == 0
         copied = self.plan.by_block and q.dtype.itemsize < 4 and fits and is_hopper(q)
         self.query_rows = query_rows(q) if copied else None
         self.q = q
@@ -325,8 +326,9 @@ class _Call:
         )
 
     def described(self, q: Tensor, rows: QueryRows) -> dict[str, Any]:
-        descriptor = describe(q, rows, self.plan.tiles)
-        return {"q_desc": descriptor, "q_query_rows": rows.of_query, "q_batch_rows": rows.of_batch}
+        described = {"q_desc": describe(q, rows, self.plan.tiles)}
+        described |= {"w_desc": describe_weights(self.query["w_ptr"], self.plan.tiles)}
+        return described | {"q_query_rows": rows.of_query, "q_batch_rows": rows.of_batch}
 
     def copied_query(self, chunk: Chunk, dtype: torch.dtype) -> dict[str, Any]:
         """q for the coarse kernel of sm_90, in the dtype of the means: float8 is widened once for all of them."""

@@ -14,9 +14,8 @@ from .visible import group_window
     do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr"],
 )
 def refine_by_block_hopper_kernel(
-    q_desc, q_query_rows, q_batch_rows,
+    q_desc, q_query_rows, q_batch_rows, w_desc,
     k_ptr, k_sb, k_st, k_sd,
-    w_ptr, w_sr,
     scale_ptr, scale_sb, scale_st,
     k_weight_ptr, k_weight_sb, k_weight_st,
     start_ptr, start_sb, start_ss,
@@ -34,7 +33,8 @@ def refine_by_block_hopper_kernel(
     """:func:`.refine.refine_by_block_kernel`, grid and arguments alike but for q.
 
     q_desc describes q as a matrix of rows of D elements, those of the heads of one query side by side; a query is
-    ``q_query_rows`` behind the one before it, a sequence ``q_batch_rows``.
+    ``q_query_rows`` behind the one before it, a sequence ``q_batch_rows``.  w_desc describes the
+    chunk's weights as one vector.
     """
     program = gl.program_id(0)
     inside = 0
@@ -76,9 +76,8 @@ def refine_by_block_hopper_kernel(
 
     if first < last:
         score_tile_of_rows(
-            q_desc, (batch * q_batch_rows + query_of_row * q_query_rows).to(gl.int32), q_query_rows,
+            q_desc, (batch * q_batch_rows + query_of_row * q_query_rows).to(gl.int32), q_query_rows, w_desc,
             k_ptr + batch * k_sb, k_st, k_sd, T, first_token, inside,
-            w_ptr, w_sr,
             scale_ptr, scale_sb, scale_st,
             k_weight_ptr, k_weight_sb, k_weight_st,
             start_ptr, start_sb, start_ss,
