@@ -140,17 +140,20 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / ms * 1e3
 
 
-def kernel_ms(call: Call, name: str) -> float | None:
-    """Milliseconds that kernels with ``name`` in theirs take in a call; None where the profiler saw none."""
-    count = 10
+def kernels_ms(call: Call, count: int = 10) -> dict[str, float]:
+    """Milliseconds that each kernel takes in a call, by name; empty where the profiler saw none."""
     call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(count):
             call()
         torch.cuda.synchronize()
-    total = sum(event.self_device_time_total for event in profile.key_averages() if name in event.key)
-    return total / count / 1e3 if total else None
+    return {event.key: event.self_device_time_total / count / 1e3 for event in profile.key_averages()}
+
+
+def kernel_ms(call: Call, name: str) -> float | None:
+    """Milliseconds that kernels with ``name`` in theirs take in a call; None where the profiler saw none."""
+    return sum(ms for kernel, ms in kernels_ms(call).items() if name in kernel) or None
 
 
 class Goal(NamedTuple):

@@ -20,7 +20,14 @@ Inputs = dict[str, Any]
 
 
 def inputs(
-    queries: int, context: int, dtype: torch.dtype, batch: int = 1, seed: int = 0, device: str = "cuda"
+    queries: int,
+    context: int,
+    dtype: torch.dtype,
+    batch: int = 1,
+    seed: int = 0,
+    device: str = "cuda",
+    heads: int = HEADS,
+    dim: int = DIM,
 ) -> Inputs:
     """Gaussian values; the queries are the last of the context, float8 keys have a scale a token."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -29,9 +36,9 @@ def inputs(
         return torch.randn(*shape, generator=generator, device=device)
 
     # In bfloat16 at once: float32 values of the largest queries would take twice the place.
-    q = torch.empty(batch, queries, HEADS, DIM, dtype=torch.bfloat16, device=device)
+    q = torch.empty(batch, queries, heads, dim, dtype=torch.bfloat16, device=device)
     q.normal_(generator=generator)
-    k, weights = normal(batch, context, DIM), normal(batch, queries, HEADS)
+    k, weights = normal(batch, context, dim), normal(batch, queries, heads)
     found: Inputs = {"weights": weights}
     if dtype == FP8:
         found["k_scale"] = k.abs().amax(-1) / torch.finfo(FP8).max
@@ -40,9 +47,9 @@ def inputs(
     return found | {"q": q.to(dtype), "k": k.to(dtype), "window_end": end}
 
 
-def hisa(given: Inputs, block_topk: int = BLOCK_TOPK) -> Call:
-    """The operator; results unsorted."""
-    options = {"block_size": BLOCK_SIZE, "block_topk": block_topk, "sorted": False}
+def hisa(given: Inputs, block_topk: int = BLOCK_TOPK, in_order: bool = False) -> Call:
+    """The operator; results unsorted unless ``in_order``."""
+    options = {"block_size": BLOCK_SIZE, "block_topk": block_topk, "sorted": in_order}
     return lambda: hisa_compile.indexer_topk(topk=TOPK, **given, **options)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import build
+from torch._dynamo.utils import counters
 
 import hisa_compile
 
@@ -52,8 +53,11 @@ def test_a_bfloat16_indexer_on_the_gpu_selects_what_eager_mode_selects() -> None
 
 
 def test_cuda_graphs_replay_a_rewritten_model_with_new_inputs() -> None:
-    """mode="reduce-overhead" captures the operator; replays with other inputs are right."""
+    """mode="reduce-overhead" captures the operator; replays with other inputs are right, and are replays."""
+    from triton_cases import launched
+
     torch._dynamo.reset()
+    counters.clear()
     # Dense layers only: in float32 transformers' experts read their offsets on the host, which no graph can capture.
     model = build("deepseek_v32", attention="sdpa", mlp_layer_types=["dense", "dense"]).cuda()
     options = {**torch._inductor.list_mode_options("reduce-overhead"), **OPTIONS}
@@ -61,8 +65,11 @@ def test_cuda_graphs_replay_a_rewritten_model_with_new_inputs() -> None:
     with torch.no_grad():
         for seed in range(5):
             ids = prompt(100, seed)
-            logits = compiled(ids, use_cache=False).logits.clone()
+            with launched() as kernels:
+                logits = compiled(ids, use_cache=False).logits.clone()
+            assert bool(kernels) == (seed < 2), "replays launch nothing from Python"
             torch.testing.assert_close(logits, model(ids, use_cache=False).logits, rtol=1e-3, atol=1e-3)
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_a_rewritten_long_prefill_needs_a_fraction_of_the_memory() -> None:

@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
 from hisa_compile.ops import Budget, Visibility  # noqa: E402
-from hisa_compile.ops.triton import config, launch  # noqa: E402
+from hisa_compile.ops.triton import config, configurations, gpu, launch  # noqa: E402
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE, FP8_NONE  # noqa: E402
 
 pytestmark = [
@@ -69,11 +69,12 @@ def record(
 ) -> list[Recorded]:
     """The launches of one call with a window's end and the ``optional`` tensors, or with ``everything``."""
     launches: list[Recorded] = []
-    monkeypatch.setattr(launch, "launch", lambda kernel, n, how, **args: launches.append((kernel, how, args)))
+    monkeypatch.setattr(gpu, "launch", lambda kernel, n, how, **args: launches.append((kernel, how, args)))
     if dtype == torch.float8_e4m3fn:
         bits = arch in ("sm_80", "gfx942")
-        monkeypatch.setattr(launch, "fp8_mode", lambda q: int(FP8_BITS if bits else FP8_NATIVE))
-    monkeypatch.setattr(launch, "is_hopper", lambda q: arch == "sm_90")
+        monkeypatch.setattr(gpu, "fp8_mode", lambda q: int(FP8_BITS if bits else FP8_NATIVE))
+    monkeypatch.setattr(gpu, "is_hopper", lambda q: arch == "sm_90")
+    monkeypatch.setattr(gpu, "architecture", lambda q: TARGETS[arch][0].arch)
     q = torch.zeros(1, queries, heads, dim).to(dtype)
     k = torch.zeros(1, tokens, dim).to(dtype)
     window = torch.zeros(1, 1, dtype=torch.int32)
@@ -121,7 +122,7 @@ def compile_launch(recorded: Recorded, arch: str) -> Any:
             hints[(position,)] = [["tt.divisibility", 16]]
     language = GluonASTSource if kernel.is_gluon() else ASTSource
     source = language(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    options = launch.launch_options(how, hip=arch.startswith("gfx"))
+    options = gpu.launch_options(how, hip=arch.startswith("gfx"))
     return triton.compile(source, target=TARGETS[arch][0], options=options)
 
 
@@ -195,7 +196,9 @@ def test_tensors_that_are_not_given_are_not_loaded(monkeypatch: pytest.MonkeyPat
     plain = loads()
     with_segments = loads(q_segment=ids[:, :1], k_segment=ids)
     with_weight = loads(k_weight=torch.ones(1, 16384))
-    assert {name for name in plain if with_segments[name] > plain[name]} == LOADS
+    # With segments another kernel does the coarse stage of sm_90.
+    assert plain.keys() - with_segments.keys() == {"coarse_hopper_kernel"}
+    assert {name for name in with_segments if with_segments[name] > plain[name]} == LOADS
     assert {name for name in plain if with_weight[name] > plain[name]} == LOADS - {"coarse_kernel"}
 
 
@@ -226,6 +229,24 @@ def test_every_kernel_sums_heads_in_the_same_order(
     assert len(set(layouts.values())) == 1, layouts
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_no_launch_configuration_changes_the_order_of_the_sum(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
+    """What the table of configurations may say of kernels that score, at its ends."""
+    layouts: set[str] = set()
+    for stages, maxnreg, most_rows in ((2, None, 8), (4, 168, 64)):
+        row = configurations.Configuration(stages=stages, maxnreg=maxnreg, most_rows=most_rows, programs=512)
+        rows = {configurations.Shape(name): row for name in configurations.FIELDS if name not in configurations.WIDE}
+        monkeypatch.setitem(configurations.TABLE, TARGETS[arch][0].arch, rows)
+        for queries in (1, 1024):
+            for kernel, *rest in record(monkeypatch, torch.bfloat16, arch, queries=queries):
+                if kernel.__name__.startswith(("coarse", "refine", "fill")):
+                    # One step by row at these sizes, for which more buffers are no use.
+                    once = kernel.__name__ in ("fill_kernel", "refine_by_row_kernel")
+                    assert rest[0].stages == (1 if once else stages)
+                    layouts.add(sum_layout(compile_launch((kernel, *rest), arch)))
+    assert len(layouts) == 1
+
+
 def test_small_blocks_go_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile of another size would sum heads in another order."""
     for block_size in (16, 32, 96, 192):
@@ -248,11 +269,11 @@ def test_float8_is_taken_apart_where_the_hardware_has_no_such_type(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], mode: Any
 ) -> None:
     """The choice is made on the host, by dtype and device alone; the CPU's is the interpreter's."""
-    assert launch.fp8_mode(torch.zeros(1)) == int(FP8_NONE)
-    assert launch.fp8_mode(torch.zeros(1).to(torch.float8_e4m3fn)) == int(FP8_BITS)
+    assert gpu.fp8_mode(torch.zeros(1)) == int(FP8_NONE)
+    assert gpu.fp8_mode(torch.zeros(1).to(torch.float8_e4m3fn)) == int(FP8_BITS)
     on_gpu = SimpleNamespace(dtype=torch.float8_e4m3fn, is_cuda=True, device="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert launch.fp8_mode(on_gpu) == int(mode)
+    assert gpu.fp8_mode(on_gpu) == int(mode)
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert launch.fp8_mode(on_gpu) == int(FP8_BITS)
+    assert gpu.fp8_mode(on_gpu) == int(FP8_BITS)

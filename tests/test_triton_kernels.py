@@ -1,19 +1,11 @@
-"""The Triton kernels against the reference.
+"""The Triton kernels against the reference, on a GPU and without one (see tests/triton_cases.py).
 
-With a GPU they run on it.  Without one they run under Triton's interpreter, in a process started with
-TRITON_INTERPRET=1 (tests/test_triton_interpreter.py starts it); otherwise the tests here are skipped.
-
-Inputs of the exact tests are small integers, so every sum is exact in float32 in whatever order: indices and scores
-must equal the reference's bit for bit, ties (ReLU makes thousands) and fill included.  Every call runs with
-``torch.empty`` filled with garbage.
+Every call runs with ``torch.empty`` filled with garbage.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -25,246 +17,31 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from hisa_compile.ops import Budget, Visibility, reference
-from hisa_compile.ops.triton import config, launch
-from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE
-from hisa_compile.ops.triton.refine_hopper import refine_by_block_hopper_kernel
-
-ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-DEVICE = "cuda" if ON_GPU else "cpu"
-
-pytestmark = pytest.mark.skipif(
-    not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a GPU, or a process started with TRITON_INTERPRET=1",
+from triton_cases import (
+    DEVICE,
+    DTYPES,
+    FP8,
+    ON_GPU,
+    RUNS,
+    Case,
+    assert_equal,
+    canonical,
+    cases,
+    check,
+    exact_case,
+    gaussian_case,
+    random_bool,
+    random_segments,
+    run,
+    small_tiles,
+    strided,
 )
 
+from hisa_compile.ops import Budget, Visibility, reference
+from hisa_compile.ops.triton import config, gpu, launch
+from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE
 
-def gpu(test: Any) -> Any:
-    """Marks a test that means nothing under the interpreter."""
-    return pytest.mark.gpu(pytest.mark.skipif(not ON_GPU, reason="needs a GPU")(test))
-
-
-FP8 = torch.float8_e4m3fn
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, FP8)
-Case = dict[str, Any]
-
-
-@contextmanager
-def garbage_in_new_memory() -> Iterator[None]:
-    """Fresh tensors are full of NaN, or of large and negative numbers: nothing may be read before it is written."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        x = empty(*args, **kwargs)
-        return x.fill_(math.nan) if x.is_floating_point() else x.random_(torch.iinfo(x.dtype).min, None)
-
-    with mock.patch.object(torch, "empty", poisoned):
-        yield
-
-
-def run(case: Case, **changes: Any) -> tuple[Tensor, Tensor]:
-    """The kernels on a case, whose entries are named like the arguments of the reference."""
-    case = {"k_scale": None, "k_weight": None, "sorted": True, "mark_hidden": False} | case | changes
-    visibility = Visibility(*(case.get(name) for name in Visibility._fields))
-    budget = Budget(case["block_size"], case["block_topk"])
-    with garbage_in_new_memory():
-        return launch.indexer_topk_triton(
-            case["q"],
-            case["k"],
-            case["weights"],
-            case["topk"],
-            budget,
-            visibility,
-            case["k_scale"],
-            case["k_weight"],
-            case["sorted"],
-            case["mark_hidden"],
-            case.get("k_pooled"),
-        )
-
-
-def canonical(indices: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """A result in any order, reordered by position."""
-    indices, order = indices.sort(dim=-1, stable=True)
-    return indices, scores.gather(-1, order)
-
-
-def assert_equal(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """Same indices, same scores, NaN equal to NaN."""
-    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0)
-    torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
-
-
-def check(case: Case) -> None:
-    """The kernels' result is the reference's, bit for bit."""
-    got, expected = run(case), reference.indexer_topk(**case)
-    for x in got:
-        assert x.is_contiguous()
-    assert got[0].dtype == torch.int32
-    assert got[1].dtype == torch.float32
-    if not case.get("sorted", True):
-        got, expected = canonical(*got), canonical(*expected)
-    assert_equal(got, expected)
-
-
-def integers(generator: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
-    return torch.randint(low, high + 1, shape, generator=generator).float()
-
-
-def exact_case(
-    batch: int = 2,
-    queries: int = 3,
-    tokens: int = 37,
-    heads: int = 3,
-    dim: int = 5,
-    topk: int = 7,
-    block_size: int = 4,
-    block_topk: int = 3,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    weighted: bool = False,
-) -> Case:
-    """q, k and weights for which every sum, in any order, is exact, also with a k_weight if ``weighted``.
-
-    A mean is rounded to the keys' dtype (float8: bfloat16) and then is exact too, but for float32, and for bfloat16
-    under the interpreter, which truncates instead of rounding, and for many heads or weighted keys, whose sum would
-    need more than 24 bits: there keys are multiples of all possible counts.
-    """
-    g = torch.Generator().manual_seed(seed)
-    rounds = heads < 8 and not weighted and (dtype == torch.float16 or (ON_GPU and dtype != torch.float32))
-    multiple = 1 if rounds else math.lcm(*range(1, block_size + 1))
-    return {
-        "q": integers(g, -2, 2, batch, queries, heads, dim).to(dtype).to(DEVICE),
-        "k": (integers(g, -2, 2, batch, tokens, dim) * multiple).to(dtype).to(DEVICE),
-        "weights": integers(g, -2, 3, batch, queries, heads).to(DEVICE),
-        "topk": topk,
-        "block_size": block_size,
-        "block_topk": block_topk,
-    }
-
-
-def gaussian_case(
-    batch: int, queries: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, seed: int = 0, **budget: int
-) -> Case:
-    g = torch.Generator(DEVICE).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, device=DEVICE)
-
-    q, k = normal(batch, queries, heads, dim).to(dtype), normal(batch, tokens, dim).to(dtype)
-    return {"q": q, "k": k, "weights": normal(batch, queries, heads), **budget}
-
-
-def random_bool(shape: tuple[int, ...], density: float, seed: int = 0) -> Tensor:
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density).to(DEVICE)
-
-
-def random_segments(
-    kind: str, dtype: torch.dtype, q_shape: tuple[int, ...], batch: int, tokens: int, seed: int = 0
-) -> dict[str, Tensor]:
-    """q_segment and k_segment.
-
-    packed: ascending runs; runs: of few ids in any order; mixed: an id for each token, so blocks hold many.  But for
-    packed ids are both ends of the dtype's range and, in int64, ids that agree in their low 32 bits.
-    """
-    g = torch.Generator().manual_seed(seed)
-    if kind == "packed":
-        k_segment = (torch.rand(batch, tokens, generator=g) < 0.15).long().cumsum(1)
-        q_segment = torch.randint(0, int(k_segment.max()) + 1, q_shape, generator=g)
-    else:
-        limits = torch.iinfo(dtype)
-        ids = torch.tensor([limits.min, limits.max, 5, -5] + [5 + 2**32, 5 - 2**32] * (dtype == torch.int64))
-        k_segment = ids[torch.randint(0, len(ids), (batch, tokens), generator=g)]
-        k_segment = k_segment[:, torch.arange(tokens) // (5 if kind == "runs" else 1)]
-        q_segment = ids[torch.randint(0, len(ids), q_shape, generator=g)]
-    return {"q_segment": q_segment.to(dtype).to(DEVICE), "k_segment": k_segment.to(dtype).to(DEVICE)}
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same values with no dimension of stride 1, and a storage offset."""
-    wide = torch.zeros(tuple(2 * s + 1 for s in x.shape), dtype=torch.uint8, device=x.device)
-    wide = wide.to(torch.float32).to(x.dtype) if x.is_floating_point() else wide.to(x.dtype)
-    view = wide[tuple(slice(1, None, 2) for _ in x.shape)]
-    view.copy_(x)
-    return view
-
-
-@contextmanager
-def small_tiles(workspace: int = 1) -> Iterator[None]:
-    """Tiles and workspace so small that every loop over tiles, groups of tiles and chunks of rows runs often."""
-    tiles = config.score_tiles
-
-    def small(heads: int, dim: int, dtype: torch.dtype, block_size: int) -> config.Tiles:
-        # A product of float8 adds at least 32 at a time.
-        return tiles(heads, dim, dtype, block_size)._replace(tile=16, tile_dim=32 if ON_GPU and dtype == FP8 else 16)
-
-    values = {
-        "score_tiles": small,
-        "SORT_TILE": 8,
-        "SELECT_TILE": 16,
-        "SCAN_TILE": 16,
-        "PAIR_TILE": 4,
-        "MOST_ROWS": 2,
-        "FEW_ROWS": 1,
-        "FEW_PAIRS": 0,
-        "MANY_PROGRAMS": 1,
-        "MANY_COARSE_PROGRAMS": 1,
-        "EMIT_TILE": 4,
-        "LIST_TILE": 2,
-        "LIST_PARTS": 2,
-        "WORKSPACE_BYTES": workspace,
-    }
-    with mock.patch.multiple(config, **values):
-        yield
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """All the operator's arguments.  Heads, dims and block sizes are few because each is compiled anew on a GPU."""
-    batch, queries = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    tokens = draw(st.integers(1, 60))
-    block_size, block_topk = draw(st.sampled_from([1, 3, 4, 6, 16])), draw(st.integers(2, 6))
-    dtype = draw(st.sampled_from(DTYPES))
-    weighted = draw(st.booleans())
-    case = exact_case(
-        batch,
-        queries,
-        tokens,
-        heads=draw(st.sampled_from([1, 3, 17])),
-        dim=draw(st.sampled_from([1, 5, 18])),
-        topk=draw(st.integers(0, min(block_size * block_topk, tokens + 2))),
-        block_size=block_size,
-        block_topk=block_topk,
-        dtype=dtype,
-        seed=draw(st.integers(0, 10**6)),
-        weighted=weighted,
-    )
-    g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    for name in ("window_start", "window_end"):
-        shape = draw(st.sampled_from([None, (batch, queries), (batch, 1), (queries,), ()]))
-        if shape is not None:
-            low, high = (-3, tokens + 1) if name == "window_start" else (-1, tokens + 9)
-            case[name] = torch.randint(low, high + 1, shape, generator=g).int().to(DEVICE)
-    if draw(st.booleans()):
-        case["key_valid"] = random_bool((batch, tokens), draw(st.sampled_from([0.1, 0.7])), seed=1)
-    shape = draw(st.sampled_from([None, (batch, queries, tokens), (1, 1, tokens), (queries, 1), (batch, 1, tokens)]))
-    if shape is not None:
-        case["mask"] = random_bool(shape, draw(st.sampled_from([0.1, 0.7])), seed=2)
-    if draw(st.booleans()):
-        scales = torch.tensor([0.5, 1.0, 2.0, -1.0])
-        case["k_scale"] = scales[torch.randint(0, 4, (batch, tokens), generator=g)].to(DEVICE)
-    if weighted:
-        factors = torch.tensor([-2.0, -0.5, 0.0, 1.0, 2.0])
-        case["k_weight"] = factors[torch.randint(0, 5, (batch, tokens), generator=g)].to(DEVICE)
-    kind = draw(st.sampled_from([None, "packed", "runs", "mixed"]))
-    if kind is not None:
-        shape = draw(st.sampled_from([(batch, queries), (batch, 1), (queries,), ()]))
-        ids = draw(st.sampled_from([torch.int32, torch.int64]))
-        case |= random_segments(kind, ids, shape, batch, tokens, seed=draw(st.integers(0, 10**6)))
-    case["sorted"], case["mark_hidden"] = draw(st.booleans()), draw(st.booleans())
-    if draw(st.booleans()):
-        case |= {name: strided(x) for name, x in case.items() if isinstance(x, Tensor) and x.dim() > 1}
-    return case
+pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
 
 
 @settings(max_examples=20 if ON_GPU else 40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -329,7 +106,7 @@ def test_block_of_any_size() -> None:
 def test_empty_sizes_give_empty_results_without_a_launch(empty: str) -> None:
     """B, S, T or topk of 0."""
     case = exact_case(**{empty: 0})
-    with mock.patch.object(launch, "launch", side_effect=AssertionError):
+    with mock.patch.object(gpu, "launch", side_effect=AssertionError):
         indices, scores = run(case)
     expected = (case["q"].shape[0], case["q"].shape[1], min(case["topk"], case["k"].shape[1]))
     assert indices.shape == scores.shape == expected
@@ -364,14 +141,14 @@ def eligible_of(case: Case) -> Tensor:
     """The blocks [B, S, M] that the coarse stage ranks; no stage after it runs."""
     batch, queries, tokens = *case["q"].shape[:2], case["k"].shape[1]
     captured: dict[str, Any] = {}
-    original = launch.launch
+    original = gpu.launch
 
     def until_coarse(kernel: Any, programs: int, options: config.Launch, **arguments: Any) -> None:
         if kernel in (launch.pool_kernel, launch.coarse_kernel):
             original(kernel, programs, options, **arguments)
             captured.update(arguments)
 
-    with mock.patch.object(launch, "launch", until_coarse):
+    with mock.patch.object(gpu, "launch", until_coarse):
         run(case)
     size = case["block_size"]
     blocks = -(-tokens // size)
@@ -518,7 +295,7 @@ def test_every_float8_value_is_converted_exactly(mode: Any) -> None:
         "block_size": 4,
         "block_topk": 64,
     }
-    with mock.patch.object(launch, "fp8_mode", return_value=int(mode)):
+    with mock.patch.object(gpu, "fp8_mode", return_value=int(mode)):
         check(case)
         check(case | {"q": (-case["q"].float()).to(FP8)})
         check(exact_case(1, 2, dtype=FP8))
@@ -561,7 +338,7 @@ def test_workspace_does_not_grow_with_the_queries() -> None:
 
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.float16, device=DEVICE)
     q, k = zero.expand(1, 300_000, 64, 128), zero[0].expand(1, 10**6, 128)
-    with mock.patch.object(torch, "empty", counting), mock.patch.object(launch, "launch") as launched:
+    with mock.patch.object(torch, "empty", counting), mock.patch.object(gpu, "launch") as launched:
         launch.indexer_topk_triton(q, k, q[..., 0], 20, Budget(128, 64), Visibility(), None, None, True, False)
     assert any(call.args[0] is launch.refine_by_block_kernel for call in launched.call_args_list)
     blocks = -(-(10**6) // 128)
@@ -569,249 +346,3 @@ def test_workspace_does_not_grow_with_the_queries() -> None:
     allocated.remove(blocks * 128 * 2)
     # The lists of pairs: where each begins, and at most one item of work that is not full.
     assert sum(allocated[2:]) <= config.WORKSPACE_BYTES + 12 * blocks + 8
-
-
-# ---- on a GPU only ----------------------------------------------------------------------------------------------
-
-
-def real_case(dtype: torch.dtype, queries: int = 1024, tokens: int = 65536) -> Case:
-    """The paper's sizes; keys with a common direction per stretch of text, so that block means say something."""
-    case = gaussian_case(1, queries, tokens, 64, 128, torch.float32, topk=2048, block_size=128, block_topk=64)
-    topic = torch.randn(tokens // 512, 128, generator=torch.Generator(DEVICE).manual_seed(7), device=DEVICE)
-    k = case["k"] + topic.repeat_interleave(512, dim=0)
-    if dtype == FP8:
-        scale = k.abs().amax(-1) / 448.0
-        case["k_scale"], k = scale, k / scale[..., None]
-    case["q"], case["k"] = case["q"].to(dtype), k.to(dtype)
-    case["window_end"] = (torch.arange(queries, device=DEVICE) + tokens - queries + 1).int()
-    return case
-
-
-def exact_scores(case: Case, row: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """(score, magnitude) of the vectors for one row in float64; the magnitude is the sum of absolute products."""
-    q, w = case["q"][0, row].double(), case["weights"][0, row].double()
-    return (vectors @ q.T).relu() @ w, (vectors.abs() @ q.abs().T) @ w.abs()
-
-
-@gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, FP8], ids=str)
-def test_selection_at_the_papers_sizes(dtype: torch.dtype) -> None:
-    """Sampled rows against float64: scores, kept blocks, and nothing better left out.
-
-    The tolerance is that of float32 accumulation: a matrix unit adds 16 products at a time and truncates, D / 16
-    additions and then H of them, each off by at most 2^-23 of the sum of magnitudes.  Hopper adds float8 products 32 at
-    a time and keeps 13 bits behind the point of the largest.
-    """
-    case = real_case(dtype)
-    captured: dict[str, Tensor] = {}
-    original = launch.launch
-
-    def capture(kernel: Any, programs: int, options: config.Launch, **arguments: Any) -> None:
-        captured.update({name: arguments[name] for name in ("means_ptr",) if arguments.get(name) is not None})
-        original(kernel, programs, options, **arguments)
-
-    with mock.patch.object(launch, "launch", capture):
-        indices, scores = run(case)
-    unit = (128 / 16 + 64) * 2.0**-23 + (128 / 32 * 2.0**-13 if dtype == FP8 else 0.0)
-    coarse_unit = (128 / 16 + 64) * 2.0**-23
-    keys = case["k"][0].double()
-    if "k_scale" in case:
-        keys = keys * case["k_scale"][0].double()[:, None]
-    means = captured["means_ptr"][0].double()
-    exact_means = keys.view(-1, 128, 128).mean(1)
-    magnitude = keys.abs().view(-1, 128, 128).mean(1)
-    rounding = torch.finfo(captured["means_ptr"].dtype).eps / 2
-    assert ((means - exact_means).abs() <= 1.001 * rounding * exact_means.abs() + 2.0**-17 * magnitude).all()
-
-    for row in range(0, case["q"].shape[1], 67):
-        visible = int(case["window_end"][row])
-        chosen, got = indices[0, row].long(), scores[0, row].double()
-        assert chosen.unique().numel() == 2048
-        assert int(chosen.min()) >= 0
-        assert int(chosen.max()) < visible
-        assert (got[1:] <= got[:-1]).all()
-        ties = got[1:] == got[:-1]
-        assert (chosen[1:][ties] > chosen[:-1][ties]).all()
-
-        expected, size = exact_scores(case, row, keys[:visible])
-        error = unit * size
-        assert ((got - expected[chosen]).abs() <= error[chosen]).all()
-
-        blocks = -(-visible // 128)
-        coarse, size = exact_scores(case, row, means[:blocks])
-        slack = 2 * coarse_unit * size.max()
-        forced = torch.zeros(blocks, dtype=torch.bool, device=DEVICE)
-        forced[[0, -1]] = True
-        cut = coarse[~forced].topk(62).values[-1]
-        may_be_kept = forced | (coarse >= cut - slack)
-        surely_kept = forced | (coarse > cut + slack)
-        assert may_be_kept[chosen // 128].all()
-        assert int(surely_kept.sum()) >= 60, "the tolerance swallows the block selection"
-        omitted = surely_kept.repeat_interleave(128)[:visible]
-        omitted[chosen] = False
-        assert got[-1] >= (expected - error)[omitted].max() - error[chosen[-1]]
-
-
-@gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
-def test_peak_memory_at_a_real_size(dtype: torch.dtype) -> None:
-    """Below 64 MiB besides inputs and outputs; one chunk of rows and many."""
-    for queries in (1024, 8192):
-        case = real_case(dtype, queries)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        visibility = Visibility(window_end=case["window_end"])
-        outputs = launch.indexer_topk_triton(
-            case["q"],
-            case["k"],
-            case["weights"],
-            2048,
-            Budget(128, 64),
-            visibility,
-            case.get("k_scale"),
-            None,
-            True,
-            False,
-        )
-        torch.cuda.synchronize()
-        extra = torch.cuda.max_memory_allocated() - before - sum(x.numel() * 4 for x in outputs)
-        assert extra < 64 * 2**20
-
-
-@gpu
-@pytest.mark.parametrize("weighted", [False, True])
-def test_packed_sequences_at_the_papers_sizes(weighted: bool) -> None:
-    """65536 tokens of 7 sequences, a sequence's last queries: what they get with windows instead of segments."""
-    case = real_case(torch.bfloat16)
-    starts = torch.tensor([0, 100, 9000, 9001, 30000, 30128, 60000, 65536], device=DEVICE)
-    ids = torch.tensor([3, 1, 7 + 2**32, 7, -2, 0, 5], device=DEVICE).repeat_interleave(starts.diff())
-    own = torch.randint(0, 65536, (1024,), generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE)
-    case["window_end"] = (own + 1).int()
-    if weighted:
-        case["k_weight"] = torch.randn(1, 65536, generator=torch.Generator(DEVICE).manual_seed(2), device=DEVICE)
-    packed = run(case, q_segment=ids[own], k_segment=ids[None])
-    first = starts[torch.searchsorted(starts, own, right=True) - 1]
-    expected = run(case, window_start=first.int())
-    seen = ~expected[1].isneginf()
-    assert torch.equal(packed[0][seen], expected[0][seen])
-    assert_equal((packed[0], packed[1]), (packed[0], expected[1]))
-
-
-@gpu
-def test_repeats_are_bitwise_equal() -> None:
-    """20 runs of the same call."""
-    case = real_case(torch.bfloat16, queries=256)
-    first = run(case)
-    for _ in range(20):
-        assert_equal(run(case), first)
-
-
-@gpu
-@pytest.mark.skipif(ON_GPU and torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90")
-@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "flat"])
-@pytest.mark.parametrize("everything", [True, False], ids=["everything", "windows"])
-@pytest.mark.parametrize(("heads", "dim", "block_size"), [(64, 128, 128), (24, 80, 64), (16, 32, 256), (128, 64, 128)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, FP8], ids=str)
-def test_hoppers_kernel_gives_the_same_bits(
-    dtype: torch.dtype, heads: int, dim: int, block_size: int, everything: bool, pruned: bool
-) -> None:
-    """The refinement for sm_90 against the one for every GPU, negative scales, NaN and ragged ends included."""
-    batch, queries, tokens = 2, 40, 2500
-    case = gaussian_case(
-        batch, queries, tokens, heads, dim, dtype, topk=300, block_size=block_size, block_topk=8 if pruned else 50
-    )
-    case["k"].view(torch.uint8 if dtype == FP8 else dtype)[1, 1234, 3] = 127 if dtype == FP8 else math.nan
-    case["window_end"] = torch.randint(0, tokens + 50, (batch, queries), device=DEVICE).int()
-    case["k_scale"] = torch.randn(batch, tokens, device=DEVICE)
-    if everything:
-        case["window_start"] = torch.randint(-5, 900, (batch, queries), device=DEVICE).int()
-        case["key_valid"] = random_bool((batch, tokens), 0.9)
-        case["mask"] = random_bool((batch, queries, tokens), 0.9, seed=1)
-        case["k_weight"] = torch.randn(batch, tokens, device=DEVICE)
-        case |= random_segments("runs", torch.int64, (batch, queries), batch, tokens, seed=2)
-    used: list[Any] = []
-    original = launch.launch
-
-    def note(kernel: Any, programs: int, options: config.Launch, **arguments: Any) -> None:
-        used.append(kernel)
-        original(kernel, programs, options, **arguments)
-
-    with mock.patch.object(config, "FEW_PAIRS", 0), mock.patch.object(launch, "launch", note):
-        got = run(case)
-        assert refine_by_block_hopper_kernel in used
-        with mock.patch.object(launch, "is_hopper", return_value=False):
-            used.clear()
-            expected = run(case)
-            assert launch.refine_by_block_kernel in used
-    assert_equal(got, expected)
-    with mock.patch.object(config, "FEW_ROWS", 10**6):
-        assert_equal(run(case), expected)
-
-
-@gpu
-def test_captured_in_a_cuda_graph_and_replayed_on_other_inputs() -> None:
-    """No launch depends on the values of the inputs, and nothing waits for the device."""
-    case, other = (real_case(torch.bfloat16, queries=64, tokens=16384) for _ in range(2))
-    other["q"] = other["q"].flip(1).contiguous()
-    other["window_end"] = other["window_end"] // 3
-    visibility = Visibility(window_end=case["window_end"])
-
-    def call() -> tuple[Tensor, Tensor]:
-        return launch.indexer_topk_triton(
-            case["q"], case["k"], case["weights"], 2048, Budget(128, 64), visibility, None, None, True, False
-        )
-
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    for inputs in (case, other):
-        expected = run(inputs)
-        case["q"].copy_(inputs["q"])
-        case["window_end"].copy_(inputs["window_end"])
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_equal(captured, expected)
-
-
-@gpu
-def test_offsets_past_two_to_the_31() -> None:
-    """More than 2^31 key elements: the far end of k gives what the same keys at the beginning give."""
-    tokens, tail = 2**24 + 4096, 65536
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    near = torch.randn(1, tail, 128, generator=generator, device=DEVICE).to(FP8)
-    far = torch.zeros(1, tokens, 128, dtype=torch.uint8, device=DEVICE).view(FP8)
-    far[:, -tail:] = near
-    case = gaussian_case(1, 4, 1, 64, 128, FP8, topk=2048, block_size=128, block_topk=64)
-    expected = run(case | {"k": near})
-    start = torch.tensor(tokens - tail, dtype=torch.int32, device=DEVICE)
-    indices, scores = run(case | {"k": far, "window_start": start})
-    assert_equal((indices - (tokens - tail), scores), expected)
-
-
-@gpu
-def test_mask_of_more_than_two_to_the_31_elements() -> None:
-    """The last queries of a huge mask see what their own slice of it says."""
-    queries, tokens = 40_000, 65536
-    case = gaussian_case(1, queries, tokens, 2, 16, torch.float16, topk=64, block_size=64, block_topk=8)
-    case["mask"] = torch.ones(1, 1, tokens, dtype=torch.bool, device=DEVICE).repeat(1, queries, 1)
-    case["mask"][:, -2:, 1000:60000] = False
-    whole = run(case)
-    tail = case | {name: case[name][:, -2:].clone() for name in ("q", "weights", "mask")}
-    assert_equal((whole[0][:, -2:], whole[1][:, -2:]), run(tail))
-
-
-@gpu
-def test_sizes_that_change_do_not_recompile() -> None:
-    """S, T and the number of blocks are not specialised: a serving loop compiles once."""
-    shapes = ((1, 100, 3000), (2, 77, 3001), (1, 1, 4096), (3, 16, 2500))
-    run(gaussian_case(*shapes[1], 16, 64, torch.bfloat16, topk=64, block_size=16, block_topk=16))
-    kernels = (launch.coarse_kernel, launch.refine_by_block_kernel, launch.refine_by_row_kernel, launch.fill_kernel)
-    # Strides are specialised on being 1 and on divisibility by 16, which these shapes leave alone.
-    before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
-    for shape in shapes:
-        run(gaussian_case(*shape, 16, 64, torch.bfloat16, topk=64, block_size=16, block_topk=16))
-    after = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
-    assert after == before

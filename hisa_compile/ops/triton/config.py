@@ -1,7 +1,7 @@
 """Tile shapes and launch configurations, which no user's first call has to search for.
 
-Tiles of products depend on H, D, dtype and block size alone, and all kernels of a call have the same, so that no other
-size can change a score's bits.
+What changes nothing but a kernel's speed is in the table of :mod:`.configurations`.  Tiles of products depend on H, D,
+dtype and block size alone, and all kernels of a call have the same, so that no other size can change a score's bits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 import triton
+
+from .configurations import Architecture, Shape, lookup, width_class
 
 # Everything the operator allocates besides its outputs stays below this, but for what is linear in the number of keys
 # (block means, the last-valid table, bounds of segments, lists of pairs) and the least that a single row needs.
@@ -73,35 +75,69 @@ def score_tiles(heads: int, dim: int, dtype: torch.dtype, block_size: int) -> Ti
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched.  ``stages``: tiles in flight in its loop, itself included."""
+    """How a kernel is launched.  ``stages``: tiles in flight in its loop, itself included.
+
+    Where rows go past a tile in groups: at most ``most_rows``, and as few as leave ``programs`` programs.
+    """
 
     stages: int
     num_warps: int
     maxnreg: int | None = None
+    most_rows: int = 1
+    programs: int = 1
 
 
-def coarse_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
-    return Launch(2 if dtype.itemsize < 4 else 1, tiles.num_warps)
+def _shape(kernel: str, tiles: Tiles, dtype: torch.dtype, dim: int) -> Shape:
+    padded_dim = min(max(16, triton.next_power_of_2(dim)), 256)
+    return Shape(kernel, dtype.itemsize, tiles.padded_heads, padded_dim)
 
 
-def coarse_hopper_launch(tiles: Tiles) -> Launch:
-    return Launch(2, tiles.num_warps, 168)
+# Launches of scoring kernels take their warps from the tiles, not from the table: they decide a score's bits.
 
 
-def by_block_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
-    return Launch({1: 3, 2: 2}.get(dtype.itemsize, 1), tiles.num_warps, 128 if dtype.itemsize == 1 else None)
+def coarse_launch(tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture) -> Launch:
+    row = lookup(_shape("coarse", tiles, dtype, dim), architecture)
+    most_rows, programs = row.most_rows or MOST_ROWS, row.programs or MANY_COARSE_PROGRAMS
+    return Launch(row.stages, tiles.num_warps, row.maxnreg, most_rows, programs)
 
 
-def hopper_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
-    # Four programs on a multiprocessor in float8; twice the bytes of keys in registers leave room for three.
-    return Launch(2, tiles.num_warps, 128 if dtype.itemsize == 1 and tiles.padded_heads <= 128 else 168)
+def coarse_hopper_launch(tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture) -> Launch:
+    row = lookup(_shape("coarse_hopper", tiles, dtype, dim), architecture)
+    most_rows, programs = row.most_rows or MOST_ROWS, row.programs or MANY_COARSE_HOPPER_PROGRAMS
+    return Launch(row.stages, tiles.num_warps, row.maxnreg, most_rows, programs)
 
 
-def by_row_launch(tiles: Tiles, dtype: torch.dtype) -> Launch:
-    return Launch({1: 3, 2: 2}.get(dtype.itemsize, 1), tiles.num_warps)
+def by_block_launch(
+    tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture, hopper: bool = False
+) -> Launch:
+    """``hopper``: of the version for sm_90; the groups are the same."""
+    kernel = "refine_by_block_hopper" if hopper else "refine_by_block"
+    row = lookup(_shape(kernel, tiles, dtype, dim), architecture)
+    groups = lookup(_shape("by_block_groups", tiles, dtype, dim), architecture)
+    most_rows, programs = groups.most_rows or MOST_ROWS, groups.programs or MANY_PROGRAMS
+    return Launch(row.stages, tiles.num_warps, row.maxnreg, most_rows, programs)
 
 
-def select_launch(columns: int) -> Launch:
-    """One warp counts short rows without waiting for others."""
-    width = triton.next_power_of_2(columns)
-    return Launch(1, 1 if width <= 512 else 4 if width <= 2048 else 8, 80 if width > 2048 else None)
+def hopper_launch(tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture) -> Launch:
+    return by_block_launch(tiles, dtype, dim, architecture, hopper=True)
+
+
+def by_row_launch(tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture) -> Launch:
+    row = lookup(_shape("refine_by_row", tiles, dtype, dim), architecture)
+    return Launch(row.stages, tiles.num_warps, row.maxnreg, programs=row.programs or MANY_PROGRAMS)
+
+
+def _wide_launch(kernel: str, entries: int, architecture: Architecture) -> Launch:
+    row = lookup(Shape(kernel, width=width_class(entries)), architecture)
+    assert row.num_warps is not None
+    return Launch(1, row.num_warps, row.maxnreg)
+
+
+def select_launch(kernel: str, columns: int, architecture: Architecture) -> Launch:
+    """``kernel``: "select_blocks" or "select_tokens", among so many columns."""
+    return _wide_launch(kernel, columns, architecture)
+
+
+def sort_launch(tile: int, architecture: Architecture) -> Launch:
+    """The kernels that put rows in order, a tile of ``tile`` entries at a time."""
+    return _wide_launch("sort", tile, architecture)

@@ -22,11 +22,13 @@ class QueryRows(NamedTuple):
 
 def query_rows(q: Tensor) -> QueryRows | None:
     """q [B, S, H, D] as such a matrix; None where strides are not what such copies take."""
-    batch, queries, heads, _ = q.shape
+    batch, queries, heads, dim = q.shape
     # Strides of a dimension of one element say nothing.
     of_batch, of_query = (q.stride(d) if q.shape[d] > 1 else 0 for d in (0, 1))
     row = q.stride(2)
-    if q.stride(3) != 1 or row == 0 or row * q.itemsize % 16 or q.data_ptr() % 16 or of_batch % row or of_query % row:
+    # Rows that overlap may not be what a descriptor can say.
+    copied = q.stride(3) == 1 and row >= dim and row * q.itemsize % 16 == 0 and q.data_ptr() % 16 == 0
+    if not copied or of_batch % row or of_query % row:
         return None
     rows = ((batch - 1) * of_batch + (queries - 1) * of_query) // row + heads
     return QueryRows(rows, of_query // row, of_batch // row) if rows <= _MOST_ROWS else None

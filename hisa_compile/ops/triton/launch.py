@@ -20,55 +20,17 @@ from torch import Tensor
 from ..budget import Budget
 from ..reference import pooled_dtype
 from ..visibility import Visibility
-from . import config
+from . import config, gpu
 from .coarse import coarse_kernel, widen_queries_kernel
 from .config import Launch
 from .descriptor import QueryRows, describe, describe_weights, query_rows
 from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_kernel
 from .group import list_items_kernel, sort_pairs_kernel
 from .long_rows import count_candidates_kernel, guess_key_kernel, list_candidates_kernel
-from .operands import FP8_BITS, FP8_NATIVE, FP8_NONE
 from .plan import Chunk, Plan, rows_past_a_tile
 from .pool import pool_kernel
 from .refine import refine_by_block_kernel, refine_by_row_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
-
-
-def fp8_mode(q: Tensor) -> int:
-    """How kernels take float8: as it is from sm_89 on, else bit by bit.
-
-    Else is older NVIDIA, AMD, and the interpreter, which reads a float8 NaN as 480.
-    """
-    if q.dtype != torch.float8_e4m3fn:
-        return int(FP8_NONE)
-    native = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 9)
-    return int(FP8_NATIVE if native else FP8_BITS)
-
-
-def is_hopper(q: Tensor) -> bool:
-    """Whether q is on a GPU with sm_90's instructions, which newer ones do not have."""
-    return q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] == 9
-
-
-def launch_options(how: Launch, hip: bool) -> dict[str, int]:
-    """``how`` as Triton's options; AMD's compiler takes no limit on registers."""
-    options = {"num_warps": how.num_warps, "num_stages": how.stages}
-    return options if hip or how.maxnreg is None else options | {"maxnreg": how.maxnreg}
-
-
-def launch(kernel: Any, programs: int, how: Launch, **arguments: Any) -> None:
-    """Every kernel launch of the operator goes through here (tests record and compile them)."""
-    kernel[(programs,)](**arguments, **launch_options(how, torch.version.hip is not None))
-
-
-def _strided(name: str, x: Tensor | None, dims: str, fp8: int = FP8_BITS) -> dict[str, Any]:
-    """Kernel arguments ``name``_ptr and ``name``_s<dim>; None and zeros for a tensor that is not given."""
-    if x is None:
-        return {f"{name}_ptr": None} | {f"{name}_s{dim}": 0 for dim in dims}
-    # bool travels as bytes, and so does float8 where it is taken apart: every backend loads those.
-    if x.dtype == torch.bool or (x.dtype == torch.float8_e4m3fn and fp8 == FP8_BITS):
-        x = x.view(torch.uint8)
-    return {f"{name}_ptr": x} | {f"{name}_s{dim}": stride for dim, stride in zip(dims, x.stride(), strict=True)}
 
 
 def indexer_topk_triton(
@@ -113,10 +75,10 @@ def pool_keys_triton(
     batch, tokens, dim = k.shape
     means = torch.empty((batch, triton.cdiv(tokens, block_size), dim), dtype=pooled_dtype(k.dtype), device=k.device)
     if means.numel():
-        fp8 = fp8_mode(k)
-        arguments = _strided("k", k, "btd", fp8) | _strided("scale", k_scale, "bt")
-        arguments |= _strided("k_weight", k_weight, "bt") | _strided("valid", key_valid, "bt")
-        arguments |= _strided("k_segment", None, "bt") | {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
+        fp8 = gpu.fp8_mode(k)
+        arguments = gpu.strided("k", k, "btd", fp8) | gpu.strided("scale", k_scale, "bt")
+        arguments |= gpu.strided("k_weight", k_weight, "bt") | gpu.strided("valid", key_valid, "bt")
+        arguments |= gpu.strided("k_segment", None, "bt") | {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
         with torch.cuda.device_of(k):
             _pool(arguments | {"means_ptr": means}, batch, tokens, dim, block_size, fp8)
     return means
@@ -124,7 +86,7 @@ def pool_keys_triton(
 
 def _pool(arguments: dict[str, Any], batch: int, tokens: int, dim: int, block_size: int, fp8: int) -> None:
     blocks = triton.cdiv(tokens, block_size)
-    launch(
+    gpu.launch(
         pool_kernel,
         batch * blocks,
         Launch(1, 4),
@@ -161,7 +123,11 @@ class _Call:
         self.tokens, self.width = k.shape[1], indices.shape[2]
         self.device, self.dtype = q.device, q.dtype
         self.block_size, self.block_topk = budget
-        self.plan = Plan(self.batch, self.queries, heads, self.dim, self.tokens, self.width, budget, q.dtype, sorted)
+        self.architecture = gpu.architecture(q)
+        self.plan = Plan(
+            self.batch, self.queries, heads, self.dim, self.tokens, self.width, budget, q.dtype, sorted,
+            self.architecture,
+        )  # fmt: skip
         self.sorted, self.mark_hidden, self.k_pooled = sorted, mark_hidden, k_pooled
         self.outputs = {"indices_ptr": indices, "keys_ptr": scores.view(torch.int32)}
         self.scores = scores
@@ -169,22 +135,24 @@ class _Call:
         def expanded(x: Tensor | None, *more: int) -> Tensor | None:
             return None if x is None else x.expand(self.batch, self.queries, *more)
 
-        fp8 = fp8_mode(q)
-        self.window = _strided("start", expanded(visibility.window_start), "bs")
-        self.window |= _strided("end", expanded(visibility.window_end), "bs")
-        self.of_keys = _strided("valid", visibility.key_valid, "bt") | _strided("k_segment", visibility.k_segment, "bt")
+        fp8 = gpu.fp8_mode(q)
+        self.window = gpu.strided("start", expanded(visibility.window_start), "bs")
+        self.window |= gpu.strided("end", expanded(visibility.window_end), "bs")
+        self.of_keys = gpu.strided("valid", visibility.key_valid, "bt") | gpu.strided(
+            "k_segment", visibility.k_segment, "bt"
+        )
         self.seen = self.window | self.of_keys
-        self.seen |= _strided("mask", expanded(visibility.mask, self.tokens), "bst")
-        self.seen |= _strided("q_segment", expanded(visibility.q_segment), "bs")
-        self.keys = _strided("k", k, "btd", fp8) | _strided("scale", k_scale, "bt")
-        self.keys |= _strided("k_weight", k_weight, "bt")
-        self.query = _strided("q", q, "bshd", fp8)
+        self.seen |= gpu.strided("mask", expanded(visibility.mask, self.tokens), "bst")
+        self.seen |= gpu.strided("q_segment", expanded(visibility.q_segment), "bs")
+        self.keys = gpu.strided("k", k, "btd", fp8) | gpu.strided("scale", k_scale, "bt")
+        self.keys |= gpu.strided("k_weight", k_weight, "bt")
+        self.query = gpu.strided("q", q, "bshd", fp8)
         self.weights = weights
         tiles = self.plan.tiles
         # Four warps share 64 tokens there, one product instruction takes at most 256 heads, and copies of weights begin
         # at multiples of 16 bytes.
         fits = tiles.tile >= 16 * tiles.num_warps and tiles.padded_heads <= 256 and heads % 4 == 0
-        copied = self.plan.by_block and q.dtype.itemsize < 4 and fits and is_hopper(q)
+        copied = self.plan.by_block and q.dtype.itemsize < 4 and fits and gpu.is_hopper(q)
         self.query_rows = query_rows(q) if copied else None
         self.q = q
         windows_only = visibility.mask is None and visibility.key_valid is None and visibility.k_segment is None
@@ -277,7 +245,7 @@ class _Call:
                 self.block_size,
                 self.shape["FP8"],
             )
-        return _strided("means", means, "bmd") | tables
+        return gpu.strided("means", means, "bmd") | tables
 
     def coarse(self, chunk: Chunk, at: dict[str, int], means: dict[str, Any]) -> None:
         """Scores of blocks, and the kept ones."""
@@ -285,29 +253,27 @@ class _Call:
         work = self.query | self.seen | means | at | self.shape
         work |= {"block_scores_ptr": self.score_bits, "pitch": self.plan.pitch, "M": self.plan.blocks}
         kernel: Any = coarse_kernel
-        how = config.coarse_launch(self.plan.tiles, self.dtype)
-        busy = config.MANY_COARSE_PROGRAMS
+        how = config.coarse_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
         if self.coarse_copied:
             from .coarse_hopper import coarse_hopper_kernel as kernel
 
-            how = config.coarse_hopper_launch(self.plan.tiles)
-            busy = config.MANY_COARSE_HOPPER_PROGRAMS
+            how = config.coarse_hopper_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
             work = self.copied_query(chunk, means["means_ptr"].dtype) | _only(work, kernel)
-        group = rows_past_a_tile(chunk.rows, tiles, busy)
-        launch(
+        group = rows_past_a_tile(chunk.rows, tiles, how)
+        gpu.launch(
             kernel,
             chunk.batches * triton.cdiv(chunk.of_batch, group) * tiles,
             how,
             **work,
             rows_per_batch=chunk.of_batch,
             group_rows=group,
-            MOST_ROWS=config.MOST_ROWS,
+            MOST_ROWS=how.most_rows,
             STAGES=how.stages,
         )
-        launch(
+        gpu.launch(
             select_blocks_kernel,
             chunk.rows,
-            config.select_launch(self.plan.blocks),
+            config.select_launch("select_blocks", self.plan.blocks, self.architecture),
             **self.window,
             **self.kept,
             **at,
@@ -340,14 +306,14 @@ class _Call:
         shape = {name: self.shape[name] for name in ("H", "D", "PADDED_H", "TILE_D", "FP8")}
         query = {name: self.query[name] for name in ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd")}
         at = {"first_row": chunk.first_row, "S": self.queries}
-        launch(widen_queries_kernel, chunk.rows, Launch(1, 8), **query, **at, **shape, wide_ptr=self.wide)
+        gpu.launch(widen_queries_kernel, chunk.rows, Launch(1, 8), **query, **at, **shape, wide_ptr=self.wide)
         rows = QueryRows(self.wide.shape[0] * self.wide.shape[2], self.wide.shape[2], 0)
         return self.described(self.wide, rows) | {"OF_CHUNK": True}
 
     def list_pairs(self, chunk: Chunk, at: dict[str, int]) -> None:
         """The pairs (row, kept block) by block, and the items of work that they make."""
         lists = chunk.batches * self.plan.blocks
-        launch(
+        gpu.launch(
             list_items_kernel,
             triton.cdiv(lists, config.LIST_TILE),
             Launch(1, 4),
@@ -359,7 +325,7 @@ class _Call:
             SUM_TILE=16 * config.LIST_TILE,
             PARTS=config.LIST_PARTS,
         )
-        launch(
+        gpu.launch(
             sort_pairs_kernel,
             triton.cdiv(chunk.rows * self.block_topk, config.PAIR_TILE),
             Launch(1, 4),
@@ -385,12 +351,12 @@ class _Call:
         work |= {"token_scores_ptr": self.score_bits, "pitch": self.plan.pitch}
         if not self.plan.by_block:
             tiles = triton.cdiv(self.plan.columns, self.plan.tiles.tile)
-            share = max(1, min(tiles, chunk.rows * tiles // config.MANY_PROGRAMS)) * self.plan.tiles.tile
+            how = config.by_row_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
+            share = max(1, min(tiles, chunk.rows * tiles // how.programs)) * self.plan.tiles.tile
             groups = triton.cdiv(self.plan.columns, share)
-            how = config.by_row_launch(self.plan.tiles, self.dtype)
             # Buffers that a short loop does not fill would only keep other programs away.
             how = how._replace(stages=min(how.stages, share // self.plan.tiles.tile))
-            launch(
+            gpu.launch(
                 refine_by_row_kernel,
                 chunk.rows * groups,
                 how,
@@ -402,22 +368,22 @@ class _Call:
                 STAGES=how.stages,
             )
             return
+        how = config.by_block_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
         if self.plan.pairs_listed:
             group = self.plan.pairs_of_item
             programs = self.plan.most_items(chunk) * (self.block_size // self.plan.tiles.tile)
         else:
             tiles = triton.cdiv(self.tokens, self.plan.tiles.tile)
-            group = rows_past_a_tile(chunk.rows, tiles, config.MANY_PROGRAMS)
+            group = rows_past_a_tile(chunk.rows, tiles, how)
             programs = chunk.batches * tiles * triton.cdiv(chunk.of_batch, group)
         kernel: Any = refine_by_block_kernel
-        how = config.by_block_launch(self.plan.tiles, self.dtype)
         if self.query_rows is not None:
             # Gluon is young: only who needs it depends on it.
             from .refine_hopper import refine_by_block_hopper_kernel as kernel
 
-            how = config.hopper_launch(self.plan.tiles, self.dtype)
+            how = config.hopper_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
             work = _only(work, kernel) | self.described(self.q, self.query_rows)
-        launch(
+        gpu.launch(
             kernel,
             programs,
             how,
@@ -427,13 +393,13 @@ class _Call:
             rows_per_batch=chunk.of_batch,
             group_rows=group,
             M=self.plan.blocks,
-            MOST_ROWS=config.MOST_ROWS,
+            MOST_ROWS=how.most_rows,
             STAGES=how.stages,
         )
 
     def select(self, chunk: Chunk, at: dict[str, int]) -> None:
         """The best tokens of each row, and others where it has too few."""
-        how = config.select_launch(self.plan.columns)
+        how = config.select_launch("select_tokens", self.plan.columns, self.architecture)
         of_rows = self.window | at | {"token_scores_ptr": self.score_bits, "pitch": self.plan.pitch}
         of_rows |= {"kept_count_ptr": self.kept["kept_count_ptr"], "BLOCK_SIZE": self.block_size}
         of_rows |= {"TILE": min(triton.next_power_of_2(self.plan.columns), config.SELECT_TILE)}
@@ -443,14 +409,14 @@ class _Call:
             if self.plan.columns > config.LONG_COLUMNS:
                 sample = of_rows["TILE"]
             guess = {"guess_ptr": self.guess}
-            launch(guess_key_kernel, chunk.rows, config.select_launch(sample), **of_rows, **guess, K=self.width,
-                   SAMPLE=sample)  # fmt: skip
+            how_sample = config.select_launch("select_tokens", sample, self.architecture)
+            gpu.launch(guess_key_kernel, chunk.rows, how_sample, **of_rows, **guess, K=self.width, SAMPLE=sample)
             segments = {"segments": self.plan.segments, "counts_ptr": self.column_counts}
             programs = chunk.rows * self.plan.segments
-            launch(count_candidates_kernel, programs, how, **of_rows, **guess, **segments)
-            launch(list_candidates_kernel, programs, how, **of_rows, **guess, **segments, **step,
+            gpu.launch(count_candidates_kernel, programs, how, **of_rows, **guess, **segments)
+            gpu.launch(list_candidates_kernel, programs, how, **of_rows, **guess, **segments, **step,
                    candidates_ptr=self.candidates)  # fmt: skip
-        launch(
+        gpu.launch(
             select_tokens_kernel,
             chunk.rows,
             how,
@@ -468,7 +434,7 @@ class _Call:
             FINAL=not self.sorted,
             ONE_TILE=self.plan.one_tile,
         )
-        launch(
+        gpu.launch(
             fill_kernel,
             chunk.rows,
             Launch(1, self.plan.tiles.num_warps),
@@ -494,14 +460,14 @@ class _Call:
         if not self.sorted:
             return
         order = {"first_row": at["first_row"], "K": self.width, "TILE": self.plan.sort_tile}
-        how = Launch(1, 8 if self.plan.sort_tile >= 2048 else 4)
+        how = config.sort_launch(self.plan.sort_tile, self.architecture)
         if not self.plan.merged:
-            launch(sort_kernel, chunk.rows, how, **self.outputs, **order, scores_ptr=self.scores,
+            gpu.launch(sort_kernel, chunk.rows, how, **self.outputs, **order, scores_ptr=self.scores,
                    MARK_HIDDEN=self.mark_hidden)  # fmt: skip
             return
         programs = chunk.rows * self.plan.sort_tiles
-        launch(sort_tiles_kernel, programs, how, **self.outputs, **order, packed_ptr=self.packed)
-        launch(
+        gpu.launch(sort_tiles_kernel, programs, how, **self.outputs, **order, packed_ptr=self.packed)
+        gpu.launch(
             merge_tiles_kernel,
             programs,
             how,

@@ -10,6 +10,7 @@ import triton
 
 from ..budget import Budget
 from . import config
+from .configurations import Architecture
 
 # A row of a chunk and the place of a kept block share an int32.
 _MOST_ROWS = 2**15 - 1
@@ -42,13 +43,13 @@ def chunks_of_rows(batch: int, queries: int, most: int) -> Iterator[Chunk]:
             yield Chunk(b * queries, min(batches, batch - b) * queries, queries)
 
 
-def rows_past_a_tile(rows: int, tiles: int, programs: int) -> int:
+def rows_past_a_tile(rows: int, tiles: int, how: config.Launch) -> int:
     """Rows that go past one tile of vectors: as many as leave work for so many programs."""
-    return max(1, min(config.MOST_ROWS, rows * tiles // programs))
+    return max(1, min(how.most_rows, rows * tiles // how.programs))
 
 
 class Plan:
-    """Attributes, all from sizes:
+    """Attributes, all from sizes, and pairs_of_item from the architecture too:
 
     blocks, prune: how many blocks there are, and whether any is left out.
     tiles: shapes of the products.
@@ -72,6 +73,7 @@ class Plan:
         budget: Budget,
         dtype: torch.dtype,
         sorted: bool,
+        architecture: Architecture,
     ) -> None:
         block_size, block_topk = budget
         self.blocks = triton.cdiv(tokens, block_size)
@@ -116,7 +118,8 @@ class Plan:
         )
         self.pairs_listed = self.by_block and self.prune
         self.block_topk = block_topk
-        self.pairs_of_item = max(4, rows_past_a_tile(self.chunks[0].rows, block_topk, config.MANY_PROGRAMS))
+        how = config.by_block_launch(self.tiles, dtype, dim, architecture)
+        self.pairs_of_item = max(4, rows_past_a_tile(self.chunks[0].rows, block_topk, how))
 
     def most_items(self, chunk: Chunk) -> int:
         """A list of n pairs is cut into ceil(n / pairs_of_item) items."""

@@ -1,0 +1,63 @@
+"""What the GPU at hand takes, and the one way to launch a kernel on it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Launch
+from .configurations import DEFAULT, Architecture
+from .operands import FP8_BITS, FP8_NATIVE, FP8_NONE
+
+
+def fp8_mode(q: Tensor) -> int:
+    """How kernels take float8: as it is from sm_89 on, else bit by bit.
+
+    Else is older NVIDIA, AMD, and the interpreter, which reads a float8 NaN as 480.
+    """
+    if q.dtype != torch.float8_e4m3fn:
+        return int(FP8_NONE)
+    native = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 9)
+    return int(FP8_NATIVE if native else FP8_BITS)
+
+
+def is_hopper(q: Tensor) -> bool:
+    """Whether q is on a GPU with sm_90's instructions, which newer ones do not have."""
+    return q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] == 9
+
+
+@functools.cache
+def _architecture_of(device: torch.device) -> Architecture:
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def architecture(q: Tensor) -> Architecture:
+    """The row of the table of configurations: 90 for sm_90, "gfx942", or the default's for the interpreter."""
+    return _architecture_of(q.device) if q.is_cuda else DEFAULT
+
+
+def launch_options(how: Launch, hip: bool) -> dict[str, int]:
+    """``how`` as Triton's options; AMD's compiler takes no limit on registers."""
+    options = {"num_warps": how.num_warps, "num_stages": how.stages}
+    return options if hip or how.maxnreg is None else options | {"maxnreg": how.maxnreg}
+
+
+def launch(kernel: Any, programs: int, how: Launch, **arguments: Any) -> None:
+    """Every kernel launch of the operator goes through here (tests record and compile them)."""
+    kernel[(programs,)](**arguments, **launch_options(how, torch.version.hip is not None))
+
+
+def strided(name: str, x: Tensor | None, dims: str, fp8: int = FP8_BITS) -> dict[str, Any]:
+    """Kernel arguments ``name``_ptr and ``name``_s<dim>; None and zeros for a tensor that is not given."""
+    if x is None:
+        return {f"{name}_ptr": None} | {f"{name}_s{dim}": 0 for dim in dims}
+    # bool travels as bytes, and so does float8 where it is taken apart: every backend loads those.
+    if x.dtype == torch.bool or (x.dtype == torch.float8_e4m3fn and fp8 == FP8_BITS):
+        x = x.view(torch.uint8)
+    return {f"{name}_ptr": x} | {f"{name}_s{dim}": stride for dim, stride in zip(dims, x.stride(), strict=True)}
