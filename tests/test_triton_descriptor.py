@@ -72,7 +72,7 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "sequences no whole number of heads apart": (lambda q: with_strides(q, q[0].numel() + 16, *q.stride()[1:]), False),
     "heads that overlap": (
         lambda q: with_strides(q, 16 * q[0, :, :, 0].numel(), 16 * q.shape[2], 16, 1),
-        None,
+        False,
     ),
     "sequences that overlap": (lambda q: with_strides(q, *(2 * [q.stride(1)]), *q.stride()[2:]), True),
 }
