@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 from .configurations import Architecture, Shape, lookup, width_class
+from .sizes import power_of_2
 
 # Everything the operator allocates besides its outputs stays below this, but for what is linear in the number of keys
 # (block means, the last-valid table, bounds of segments, lists of pairs) and the least that a single row needs.
@@ -62,8 +62,8 @@ def score_tiles(heads: int, dim: int, dtype: torch.dtype, block_size: int) -> Ti
 
     A block is a number of whole tiles where it has 64 tokens, 128 or a multiple.
     """
-    padded_heads = max(16, triton.next_power_of_2(heads))
-    padded_dim = max(16, triton.next_power_of_2(dim))
+    padded_heads = max(16, power_of_2(heads))
+    padded_dim = max(16, power_of_2(dim))
     num_warps = 4 if padded_heads <= 64 else 8
     if dtype == torch.float32:
         # No tensor cores: the product is unrolled into multiply-adds, a small tile keeps that in registers.
@@ -88,7 +88,7 @@ class Launch(NamedTuple):
 
 
 def _shape(kernel: str, tiles: Tiles, dtype: torch.dtype, dim: int) -> Shape:
-    padded_dim = min(max(16, triton.next_power_of_2(dim)), 256)
+    padded_dim = min(max(16, power_of_2(dim)), 256)
     return Shape(kernel, dtype.itemsize, tiles.padded_heads, padded_dim)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -34,22 +35,33 @@ def query_rows(q: Tensor) -> QueryRows | None:
     return QueryRows(rows, of_query // row, of_batch // row) if rows <= _MOST_ROWS else None
 
 
+@functools.cache
+def _query_layout(padded_heads: int, tile_dim: int, itemsize: int) -> Any:
+    """In shared memory, as products take it; it depends on the width of an element, not on its type."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for([padded_heads, tile_dim], gl.int8 if itemsize == 1 else gl.int16)
+
+
+@functools.cache
+def _weights_layout() -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+
+
 def describe(q: Tensor, rows: QueryRows, tiles: Tiles) -> Any:
     """The descriptor of copies of one query, padded with the rows behind it and with zeros past D."""
     # Gluon is young: only who needs it depends on it.
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     shape = [tiles.padded_heads, tiles.tile_dim]
-    # The layout depends on the width of an element alone.
-    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.float8e4nv if q.itemsize == 1 else gl.float16)
+    layout = _query_layout(tiles.padded_heads, tiles.tile_dim, q.itemsize)
     return TensorDescriptor(q, [rows.rows, q.shape[3]], [q.stride(2), 1], shape, layout)
 
 
 def describe_weights(weights: Tensor, tiles: Tiles) -> Any:
     """The descriptor of copies of one row of weights [rows, H], contiguous, H a multiple of 4; what follows pads it."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(weights, [weights.numel()], [1], [tiles.padded_heads], layout)
+    return TensorDescriptor(weights, [weights.numel()], [1], [tiles.padded_heads], _weights_layout())

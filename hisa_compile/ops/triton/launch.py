@@ -31,6 +31,7 @@ from .plan import Chunk, Plan, rows_past_a_tile
 from .pool import pool_kernel
 from .refine import refine_by_block_kernel, refine_by_row_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
+from .sizes import cdiv, power_of_2
 
 
 def indexer_topk_triton(
@@ -73,7 +74,7 @@ def pool_keys_triton(
 ) -> Tensor:
     """``hisa::pool_keys`` on k's device; arguments are valid, any strides."""
     batch, tokens, dim = k.shape
-    means = torch.empty((batch, triton.cdiv(tokens, block_size), dim), dtype=pooled_dtype(k.dtype), device=k.device)
+    means = torch.empty((batch, cdiv(tokens, block_size), dim), dtype=pooled_dtype(k.dtype), device=k.device)
     if means.numel():
         fp8 = gpu.fp8_mode(k)
         arguments = gpu.strided("k", k, "btd", fp8) | gpu.strided("scale", k_scale, "bt")
@@ -85,7 +86,7 @@ def pool_keys_triton(
 
 
 def _pool(arguments: dict[str, Any], batch: int, tokens: int, dim: int, block_size: int, fp8: int) -> None:
-    blocks = triton.cdiv(tokens, block_size)
+    blocks = cdiv(tokens, block_size)
     gpu.launch(
         pool_kernel,
         batch * blocks,
@@ -95,8 +96,8 @@ def _pool(arguments: dict[str, Any], batch: int, tokens: int, dim: int, block_si
         M=blocks,
         D=dim,
         BLOCK_SIZE=block_size,
-        PADDED_D=triton.next_power_of_2(dim),
-        TILE=min(triton.next_power_of_2(block_size), 32),
+        PADDED_D=power_of_2(dim),
+        TILE=min(power_of_2(block_size), 32),
         FP8=fp8,
     )
 
@@ -249,7 +250,7 @@ class _Call:
 
     def coarse(self, chunk: Chunk, at: dict[str, int], means: dict[str, Any]) -> None:
         """Scores of blocks, and the kept ones."""
-        tiles = triton.cdiv(self.plan.blocks, self.plan.tiles.tile)
+        tiles = cdiv(self.plan.blocks, self.plan.tiles.tile)
         work = self.query | self.seen | means | at | self.shape
         work |= {"block_scores_ptr": self.score_bits, "pitch": self.plan.pitch, "M": self.plan.blocks}
         kernel: Any = coarse_kernel
@@ -262,7 +263,7 @@ class _Call:
         group = rows_past_a_tile(chunk.rows, tiles, how)
         gpu.launch(
             kernel,
-            chunk.batches * triton.cdiv(chunk.of_batch, group) * tiles,
+            chunk.batches * cdiv(chunk.of_batch, group) * tiles,
             how,
             **work,
             rows_per_batch=chunk.of_batch,
@@ -286,8 +287,8 @@ class _Call:
             pitch=self.plan.pitch,
             block_topk=self.block_topk,
             BLOCK_SIZE=self.block_size,
-            SLOTS=min(triton.next_power_of_2(self.block_topk), config.EMIT_TILE),
-            TILE=min(triton.next_power_of_2(self.plan.blocks), config.SELECT_TILE),
+            SLOTS=min(power_of_2(self.block_topk), config.EMIT_TILE),
+            TILE=min(power_of_2(self.plan.blocks), config.SELECT_TILE),
             ONE_TILE=self.plan.blocks <= config.SELECT_TILE,
         )
 
@@ -315,7 +316,7 @@ class _Call:
         lists = chunk.batches * self.plan.blocks
         gpu.launch(
             list_items_kernel,
-            triton.cdiv(lists, config.LIST_TILE),
+            cdiv(lists, config.LIST_TILE),
             Launch(1, 4),
             **self.items,
             counts_ptr=self.counts,
@@ -327,7 +328,7 @@ class _Call:
         )
         gpu.launch(
             sort_pairs_kernel,
-            triton.cdiv(chunk.rows * self.block_topk, config.PAIR_TILE),
+            cdiv(chunk.rows * self.block_topk, config.PAIR_TILE),
             Launch(1, 4),
             **self.window,
             **self.kept,
@@ -350,10 +351,10 @@ class _Call:
         work = self.query | self.keys | self.seen | at | self.shape
         work |= {"token_scores_ptr": self.score_bits, "pitch": self.plan.pitch}
         if not self.plan.by_block:
-            tiles = triton.cdiv(self.plan.columns, self.plan.tiles.tile)
+            tiles = cdiv(self.plan.columns, self.plan.tiles.tile)
             how = config.by_row_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
             share = max(1, min(tiles, chunk.rows * tiles // how.programs)) * self.plan.tiles.tile
-            groups = triton.cdiv(self.plan.columns, share)
+            groups = cdiv(self.plan.columns, share)
             # Buffers that a short loop does not fill would only keep other programs away.
             how = how._replace(stages=min(how.stages, share // self.plan.tiles.tile))
             gpu.launch(
@@ -373,9 +374,9 @@ class _Call:
             group = self.plan.pairs_of_item
             programs = self.plan.most_items(chunk) * (self.block_size // self.plan.tiles.tile)
         else:
-            tiles = triton.cdiv(self.tokens, self.plan.tiles.tile)
+            tiles = cdiv(self.tokens, self.plan.tiles.tile)
             group = rows_past_a_tile(chunk.rows, tiles, how)
-            programs = chunk.batches * tiles * triton.cdiv(chunk.of_batch, group)
+            programs = chunk.batches * tiles * cdiv(chunk.of_batch, group)
         kernel: Any = refine_by_block_kernel
         if self.query_rows is not None:
             # Gluon is young: only who needs it depends on it.
@@ -402,8 +403,8 @@ class _Call:
         how = config.select_launch("select_tokens", self.plan.columns, self.architecture)
         of_rows = self.window | at | {"token_scores_ptr": self.score_bits, "pitch": self.plan.pitch}
         of_rows |= {"kept_count_ptr": self.kept["kept_count_ptr"], "BLOCK_SIZE": self.block_size}
-        of_rows |= {"TILE": min(triton.next_power_of_2(self.plan.columns), config.SELECT_TILE)}
-        step = {"STEP": min(triton.next_power_of_2(self.plan.segments), config.SCAN_TILE)}
+        of_rows |= {"TILE": min(power_of_2(self.plan.columns), config.SELECT_TILE)}
+        step = {"STEP": min(power_of_2(self.plan.segments), config.SCAN_TILE)}
         if not self.plan.one_tile:
             sample = min(config.LONG_SAMPLE, of_rows["TILE"])
             if self.plan.columns > config.LONG_COLUMNS:
@@ -430,7 +431,7 @@ class _Call:
             selected_count_ptr=self.selected_count,
             block_topk=self.block_topk,
             K=self.width,
-            K_TILE=min(triton.next_power_of_2(self.width), config.EMIT_TILE),
+            K_TILE=min(power_of_2(self.width), config.EMIT_TILE),
             FINAL=not self.sorted,
             ONE_TILE=self.plan.one_tile,
         )
@@ -482,5 +483,4 @@ class _Call:
 
 def _only(arguments: dict[str, Any], kernel: Any) -> dict[str, Any]:
     """Those of ``arguments`` that the kernel has."""
-    names = {parameter.name for parameter in kernel.params}
-    return {name: x for name, x in arguments.items() if name in names}
+    return {name: arguments[name] for name in kernel.arg_names if name in arguments}

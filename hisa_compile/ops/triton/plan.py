@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ..budget import Budget
 from . import config
 from .configurations import Architecture
+from .sizes import cdiv, power_of_2
 
 # A row of a chunk and the place of a kept block share an int32.
 _MOST_ROWS = 2**15 - 1
@@ -32,13 +32,13 @@ class Chunk(NamedTuple):
 def chunks_of_rows(batch: int, queries: int, most: int) -> Iterator[Chunk]:
     """All rows in chunks of at most ``most``, the first of them the largest."""
     if queries > most:
-        rows = triton.cdiv(queries, triton.cdiv(queries, most))
+        rows = cdiv(queries, cdiv(queries, most))
         for b in range(batch):
             for s in range(0, queries, rows):
                 here = min(rows, queries - s)
                 yield Chunk(b * queries + s, here, here)
     else:
-        batches = triton.cdiv(batch, triton.cdiv(batch, most // queries))
+        batches = cdiv(batch, cdiv(batch, most // queries))
         for b in range(0, batch, batches):
             yield Chunk(b * queries, min(batches, batch - b) * queries, queries)
 
@@ -76,17 +76,17 @@ class Plan:
         architecture: Architecture,
     ) -> None:
         block_size, block_topk = budget
-        self.blocks = triton.cdiv(tokens, block_size)
+        self.blocks = cdiv(tokens, block_size)
         self.prune = self.blocks > block_topk
         self.tiles = config.score_tiles(heads, dim, dtype, block_size)
         self.columns = budget.candidates if self.prune else tokens
         self.one_tile = self.columns <= config.SELECT_TILE
-        self.segments = triton.cdiv(self.columns, config.SELECT_TILE)
-        self.sort_tile = min(triton.next_power_of_2(width), config.SORT_TILE)
-        self.sort_tiles = triton.cdiv(width, self.sort_tile)
+        self.segments = cdiv(self.columns, config.SELECT_TILE)
+        self.sort_tile = min(power_of_2(width), config.SORT_TILE)
+        self.sort_tiles = cdiv(width, self.sort_tile)
         self.merged = sorted and self.sort_tiles > 1
         # Scores of blocks are no longer needed when scores of tokens are made.
-        self.pitch = 16 * triton.cdiv(max(self.columns, self.blocks if self.prune else 0), 16)
+        self.pitch = 16 * cdiv(max(self.columns, self.blocks if self.prune else 0), 16)
 
         row_bytes = 4 * self.pitch + 4 + 4 * heads
         if self.prune:
