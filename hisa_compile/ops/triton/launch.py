@@ -169,6 +169,8 @@ class _Call:
             "WIDEN": triton.knobs.runtime.interpret,
         }
         self.sizes = {"S": self.queries, "T": self.tokens}
+        self.repeatable: list[gpu.Repeatable] = []
+        self.recording = len(self.plan.chunks) > 1
         self.allocate()
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -206,9 +208,18 @@ class _Call:
 
     def run(self) -> None:
         means = self.means_and_tables() if self.plan.prune else {}
+        first = self.plan.chunks[0]
         for chunk in self.plan.chunks:
             at = {"first_row": chunk.first_row} | self.sizes
             self.weights_of(chunk)
+            # Most chunks are like the first; what they launch differs in these arguments alone.
+            if self.repeatable and chunk[1:] == first[1:] and chunk.first_row < 2**31:
+                changed = {"first_row": chunk.first_row, "w_ptr": self.query["w_ptr"]}
+                if self.query_rows is not None:
+                    changed["w_desc"] = describe_weights(self.query["w_ptr"], self.plan.tiles)
+                for each in self.repeatable:
+                    each.again(changed)
+                continue
             if self.plan.prune:
                 self.coarse(chunk, at, means)
                 if self.plan.pairs_listed:
@@ -216,6 +227,13 @@ class _Call:
             self.refine(chunk, at)
             self.select(chunk, at)
             self.finish(chunk, at)
+            self.recording = False
+
+    def launch(self, kernel: Any, programs: int, how: Launch, **arguments: Any) -> None:
+        """A launch of a stage, which the chunks after the first repeat."""
+        compiled = gpu.launch(kernel, programs, how, **arguments)
+        if self.recording and compiled is not None:
+            self.repeatable.append(gpu.Repeatable(compiled, kernel, programs, arguments))
 
     def weights_of(self, chunk: Chunk) -> None:
         """The chunk's head weights as kernels want them: float32, aligned to 16 bytes, the heads of a row together."""
@@ -261,7 +279,7 @@ class _Call:
             how = config.coarse_hopper_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
             work = self.copied_query(chunk, means["means_ptr"].dtype) | _only(work, kernel)
         group = rows_past_a_tile(chunk.rows, tiles, how)
-        gpu.launch(
+        self.launch(
             kernel,
             chunk.batches * cdiv(chunk.of_batch, group) * tiles,
             how,
@@ -271,7 +289,7 @@ class _Call:
             MOST_ROWS=how.most_rows,
             STAGES=how.stages,
         )
-        gpu.launch(
+        self.launch(
             select_blocks_kernel,
             chunk.rows,
             config.select_launch("select_blocks", self.plan.blocks, self.architecture),
@@ -307,14 +325,14 @@ class _Call:
         shape = {name: self.shape[name] for name in ("H", "D", "PADDED_H", "TILE_D", "FP8")}
         query = {name: self.query[name] for name in ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd")}
         at = {"first_row": chunk.first_row, "S": self.queries}
-        gpu.launch(widen_queries_kernel, chunk.rows, Launch(1, 8), **query, **at, **shape, wide_ptr=self.wide)
+        self.launch(widen_queries_kernel, chunk.rows, Launch(1, 8), **query, **at, **shape, wide_ptr=self.wide)
         rows = QueryRows(self.wide.shape[0] * self.wide.shape[2], self.wide.shape[2], 0)
         return self.described(self.wide, rows) | {"OF_CHUNK": True}
 
     def list_pairs(self, chunk: Chunk, at: dict[str, int]) -> None:
         """The pairs (row, kept block) by block, and the items of work that they make."""
         lists = chunk.batches * self.plan.blocks
-        gpu.launch(
+        self.launch(
             list_items_kernel,
             cdiv(lists, config.LIST_TILE),
             Launch(1, 4),
@@ -326,7 +344,7 @@ class _Call:
             SUM_TILE=16 * config.LIST_TILE,
             PARTS=config.LIST_PARTS,
         )
-        gpu.launch(
+        self.launch(
             sort_pairs_kernel,
             cdiv(chunk.rows * self.block_topk, config.PAIR_TILE),
             Launch(1, 4),
@@ -357,7 +375,7 @@ class _Call:
             groups = cdiv(self.plan.columns, share)
             # Buffers that a short loop does not fill would only keep other programs away.
             how = how._replace(stages=min(how.stages, share // self.plan.tiles.tile))
-            gpu.launch(
+            self.launch(
                 refine_by_row_kernel,
                 chunk.rows * groups,
                 how,
@@ -384,7 +402,7 @@ class _Call:
 
             how = config.hopper_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
             work = _only(work, kernel) | self.described(self.q, self.query_rows)
-        gpu.launch(
+        self.launch(
             kernel,
             programs,
             how,
@@ -411,13 +429,13 @@ class _Call:
                 sample = of_rows["TILE"]
             guess = {"guess_ptr": self.guess}
             how_sample = config.select_launch("select_tokens", sample, self.architecture)
-            gpu.launch(guess_key_kernel, chunk.rows, how_sample, **of_rows, **guess, K=self.width, SAMPLE=sample)
+            self.launch(guess_key_kernel, chunk.rows, how_sample, **of_rows, **guess, K=self.width, SAMPLE=sample)
             segments = {"segments": self.plan.segments, "counts_ptr": self.column_counts}
             programs = chunk.rows * self.plan.segments
-            gpu.launch(count_candidates_kernel, programs, how, **of_rows, **guess, **segments)
-            gpu.launch(list_candidates_kernel, programs, how, **of_rows, **guess, **segments, **step,
+            self.launch(count_candidates_kernel, programs, how, **of_rows, **guess, **segments)
+            self.launch(list_candidates_kernel, programs, how, **of_rows, **guess, **segments, **step,
                    candidates_ptr=self.candidates)  # fmt: skip
-        gpu.launch(
+        self.launch(
             select_tokens_kernel,
             chunk.rows,
             how,
@@ -435,7 +453,7 @@ class _Call:
             FINAL=not self.sorted,
             ONE_TILE=self.plan.one_tile,
         )
-        gpu.launch(
+        self.launch(
             fill_kernel,
             chunk.rows,
             Launch(1, self.plan.tiles.num_warps),
@@ -463,12 +481,12 @@ class _Call:
         order = {"first_row": at["first_row"], "K": self.width, "TILE": self.plan.sort_tile}
         how = config.sort_launch(self.plan.sort_tile, self.architecture)
         if not self.plan.merged:
-            gpu.launch(sort_kernel, chunk.rows, how, **self.outputs, **order, scores_ptr=self.scores,
+            self.launch(sort_kernel, chunk.rows, how, **self.outputs, **order, scores_ptr=self.scores,
                    MARK_HIDDEN=self.mark_hidden)  # fmt: skip
             return
         programs = chunk.rows * self.plan.sort_tiles
-        gpu.launch(sort_tiles_kernel, programs, how, **self.outputs, **order, packed_ptr=self.packed)
-        gpu.launch(
+        self.launch(sort_tiles_kernel, programs, how, **self.outputs, **order, packed_ptr=self.packed)
+        self.launch(
             merge_tiles_kernel,
             programs,
             how,
