@@ -24,7 +24,8 @@ from triton_cases import (
     small_tiles,
 )
 
-from hisa_compile.ops.triton import config, gpu
+from hisa_compile.ops import Budget, Visibility
+from hisa_compile.ops.triton import config, gpu, launch
 from hisa_compile.ops.triton.descriptor import QueryRows, query_rows
 from hisa_compile.ops.triton.refine_hopper import refine_by_block_hopper_kernel
 
@@ -129,6 +130,25 @@ def test_more_rows_than_a_coordinate_holds_are_refused() -> None:
         q = torch.empty(1, queries, 16, 16, dtype=torch.float16, device="meta")
         with mock.patch.object(torch.Tensor, "data_ptr", return_value=0):
             assert (query_rows(q) is not None) == taken
+
+
+@pytest.mark.parametrize(("dim", "copied"), [(24, True), (20, False), (12, False)])
+def test_queries_that_cannot_be_copied_once_widened_are_loaded(dim: int, copied: bool) -> None:
+    """Parts of wider rows of float8 begin at 16 bytes; widened they lie side by side, and only some dims leave that."""
+    q = torch.zeros(1, 64, 4, 32).to(FP8)[..., :dim]
+    assert query_rows(q) is not None
+    k, end = torch.zeros(1, 4096, dim).to(FP8), torch.full((1, 64), 4096, dtype=torch.int32)
+    with (
+        mock.patch.object(gpu, "is_hopper", return_value=True),
+        mock.patch.object(gpu, "launch", return_value=None) as to,
+    ):
+        launch.indexer_topk_triton(
+            q, k, torch.ones(1, 64, 4), 256, Budget(64, 8), Visibility(window_end=end), None, None, False, False
+        )
+    names = {call.args[0].__name__ for call in to.call_args_list}
+    assert "refine_by_block_hopper_kernel" in names
+    assert ("coarse_hopper_kernel" in names) == copied
+    assert ("coarse_kernel" in names) != copied
 
 
 @pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")

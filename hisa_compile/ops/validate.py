@@ -15,7 +15,8 @@ from .reference import pooled_dtype
 KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SEGMENT_DTYPES = (torch.int32, torch.int64)
-LARGEST_LENGTH = 2**31 - 1
+# Positions are int32, and kernels count past the last one.
+LARGEST_LENGTH = 2**31 - 2**21
 
 
 def _shape(x: Tensor) -> str:

@@ -23,10 +23,10 @@ def coarse_hopper_kernel(
     PADDED_H: gl.constexpr, TILE_D: gl.constexpr, TILE: gl.constexpr, MOST_ROWS: gl.constexpr,
     STAGES: gl.constexpr, OF_CHUNK: gl.constexpr,
 ):  # fmt: skip
-    """:func:`.coarse.coarse_kernel`, grid and arguments alike but for q.
+    """:func:`.coarse.coarse_kernel` with the same grid, and, as far as it has them, the same arguments.
 
-    q_desc as in :func:`.refine_hopper.refine_by_block_hopper_kernel`, in the means' dtype; OF_CHUNK: it holds the
-    chunk's rows alone, by their number.
+    q_desc and w_desc as in :func:`.refine_hopper.refine_by_block_hopper_kernel`, q in the means' dtype; OF_CHUNK:
+    q_desc holds the chunk's rows alone, by their number.
     """
     tiles = (M + TILE - 1) // TILE
     groups = (rows_per_batch + group_rows - 1) // group_rows

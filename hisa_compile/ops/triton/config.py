@@ -44,7 +44,7 @@ FEW_PAIRS = 2
 MANY_PROGRAMS = 2048
 # A tile of means is read for fewer rows than that of a block's keys: it pays to wait for more of them.
 MANY_COARSE_PROGRAMS = 640
-# On sm_90 no more than run at once, three on each of 132 multiprocessors: they are long enough.
+# On sm_90 about as many as run at once, three on each of 132 multiprocessors: they are long enough.
 MANY_COARSE_HOPPER_PROGRAMS = 372
 
 

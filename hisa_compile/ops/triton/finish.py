@@ -2,6 +2,10 @@
 
 Where rows are put in order, a row of the outputs holds until then, in any order, positions (-1 - position for hidden
 tokens) and the rank keys of the scores; where they are not (FINAL), the outputs themselves.
+
+Filling takes 2 microseconds where no row needs it.  Sorting 2048 entries a row, 1024 rows, takes 300: Triton's
+bitonic sort of 64-bit entries, 66 exchanges of each; the floor is 16 MiB read and written, 11 (an H100,
+docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .keys import key_score, pack, rank_key, unpack
+from .keys import pack, rank_key, score_bits, unpack
 from .operands import load_factor
 from .score import load_query, load_weights, score_tile
 from .visible import row_coordinates, row_segment, row_window, visible_tokens
@@ -86,9 +90,7 @@ def fill_kernel(
                         slot = have + tl.cumsum(outside.to(tl.int32), axis=0) - 1
                         wanted = outside & (slot < K)
                         tl.store(indices_ptr + output + slot, token.to(tl.int32), mask=wanted)
-                        key = rank_key(scores)
-                        if FINAL:
-                            key = key_score(key).to(tl.int32, bitcast=True)
+                        key = score_bits(scores, None) if FINAL else rank_key(scores)
                         tl.store(keys_ptr + output + slot, key, mask=wanted)
                         have += found
                     token_base += TILE

@@ -1,4 +1,4 @@
-"""What the GPU at hand takes, and the one way to launch a kernel on it."""
+"""What the GPU at hand takes, and how a kernel is launched on it, anew or again."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def launch_options(how: Launch, hip: bool) -> dict[str, int]:
 
 
 def launch(kernel: Any, programs: int, how: Launch, **arguments: Any) -> Any:
-    """Every kernel launch of the operator goes through here (tests record and compile them).
+    """Every kernel launch of the operator but repeated ones goes through here (tests record and compile them).
 
     Returns the compiled kernel, None under the interpreter.
     """

@@ -36,17 +36,13 @@ def stored_key(bits):
 @triton.jit
 def rank_key(score):
     """float32 -> int32, increasing with the score; -0.0 equals 0.0, NaN is above inf; never ``HIDDEN_KEY``."""
-    score = tl.where(score == 0.0, 0.0, score)
-    bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-    return tl.where(score != score, NAN_KEY, key)
+    return stored_key(score_bits(score, None))
 
 
 @triton.jit
 def key_score(key):
     """The score behind a rank key; ``NAN_KEY`` is itself the bit pattern of a NaN."""
-    bits = tl.where(key >= 0, key, key ^ 0x7FFFFFFF)
-    return bits.to(tl.float32, bitcast=True)
+    return stored_key(key).to(tl.float32, bitcast=True)
 
 
 @triton.jit

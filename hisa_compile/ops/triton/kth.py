@@ -89,7 +89,8 @@ def kth_key(keys, wanted):
     """(threshold, ties) for the best ``wanted`` of ``keys`` int32 [.., ..], fewer where fewer are not HIDDEN_KEY."""
     high = tl.max(keys, axis=None)
     # HIDDEN_KEY - 1 is the greatest integer, so that the least of the others is found; without others it is itself.
-    low = tl.min(keys - 1, axis=None) + 1
+    least = tl.min(tl.sub(keys, 1, sanitize_overflow=False), axis=None)
+    low = tl.add(least, 1, sanitize_overflow=False)
     at_low = how_many(keys != HIDDEN_KEY)
     wanted = tl.minimum(wanted, at_low)
     above_high = wanted * 0
@@ -103,9 +104,13 @@ def kth_key(keys, wanted):
 
 
 @triton.jit
-def load_keys(scores_ptr, column, first, past, pitch):
-    """Rank keys of the columns, HIDDEN_KEY outside [first, past); ``pitch`` is the length of the row in memory."""
-    bits = tl.load(scores_ptr + column, mask=column < pitch, other=HIDDEN_BITS)
+def load_keys(scores_ptr, column, first, past):
+    """Rank keys of the columns, HIDDEN_KEY outside [first, past).
+
+    Whole groups of four are read, so that they can be read at once: the scoring kernels write whole tiles.
+    """
+    written = (column >= first // 4 * 4) & (column < (past + 3) // 4 * 4)
+    bits = tl.load(scores_ptr + column, mask=written, other=HIDDEN_BITS)
     return stored_key(tl.where((column >= first) & (column < past), bits, HIDDEN_BITS))
 
 
@@ -116,14 +121,14 @@ def but(keys, column, first, last):
 
 
 @triton.jit
-def kth_key_in_memory(wanted, scores_ptr, first, past, pitch, skip_first, skip_last, TILE: tl.constexpr):
+def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, TILE: tl.constexpr):
     """:func:`kth_key` of a row that is read again for every step."""
     at_low = wanted * 0
     high = wanted * 0 + HIDDEN_KEY
     low = wanted * 0 + 2147483647
     for base in range(first // TILE * TILE, past, TILE):
         column = tile_columns(base, TILE)
-        keys = but(load_keys(scores_ptr, column, first, past, pitch), column, skip_first, skip_last)
+        keys = but(load_keys(scores_ptr, column, first, past), column, skip_first, skip_last)
         present = keys != HIDDEN_KEY
         at_low += how_many(present)
         high = tl.maximum(high, tl.max(keys, axis=None))
@@ -137,7 +142,7 @@ def kth_key_in_memory(wanted, scores_ptr, first, past, pitch, skip_first, skip_l
         count = wanted * 0
         for base in range(first // TILE * TILE, past, TILE):
             column = tile_columns(base, TILE)
-            keys = but(load_keys(scores_ptr, column, first, past, pitch), column, skip_first, skip_last)
+            keys = but(load_keys(scores_ptr, column, first, past), column, skip_first, skip_last)
             count += how_many(keys >= pivot)
         low, high, at_low, above_high = _narrowed(low, high, at_low, above_high, wanted, pivot, count)
         step += 1

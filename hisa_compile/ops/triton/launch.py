@@ -157,7 +157,9 @@ class _Call:
         self.query_rows = query_rows(q) if copied else None
         self.q = q
         windows_only = visibility.mask is None and visibility.key_valid is None and visibility.k_segment is None
-        self.coarse_copied = self.query_rows is not None and self.plan.prune and windows_only
+        # Widened queries lie side by side, and rows are copied from multiples of 16 bytes.
+        widened = q.dtype.itemsize > 1 or self.dim % 8 == 0
+        self.coarse_copied = self.query_rows is not None and self.plan.prune and windows_only and widened
         self.shape = {
             "H": heads,
             "D": self.dim,
@@ -185,6 +187,7 @@ class _Call:
         self.kept_flag = self.counts = self.rank = None
         self.candidates = self.guess = self.column_counts = None
         self.wide: Tensor | None = None
+        self.own_weights: Tensor | None = None
         if self.plan.prune:
             self.kept = {"kept_ptr": self.empty(rows, self.block_topk), "kept_count_ptr": self.empty(rows)}
             self.kept_flag = self.empty(rows, self.plan.blocks, dtype=torch.int8)
@@ -238,9 +241,11 @@ class _Call:
     def weights_of(self, chunk: Chunk) -> None:
         """The chunk's head weights as kernels want them: float32, aligned to 16 bytes, the heads of a row together."""
         batch, query = divmod(chunk.first_row, self.queries)
-        here = self.weights[batch : batch + chunk.batches, query : query + chunk.of_batch].float()
-        if not here.is_contiguous() or here.data_ptr() % 16:
-            here = here.clone(memory_format=torch.contiguous_format)
+        here = self.weights[batch : batch + chunk.batches, query : query + chunk.of_batch]
+        if here.dtype != torch.float32 or not here.is_contiguous() or here.data_ptr() % 16:
+            if self.own_weights is None:
+                self.own_weights = self.empty(self.plan.chunks[0].rows, here.shape[2], dtype=torch.float32)
+            here = self.own_weights[: chunk.rows].view(here.shape).copy_(here)
         self.query |= {"w_ptr": here, "w_sr": here.shape[2]}
 
     def means_and_tables(self) -> dict[str, Any]:

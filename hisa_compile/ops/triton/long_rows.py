@@ -4,6 +4,9 @@ A row of more columns than one program holds is read twice.  A sample tells a ke
 expected to reach; then every segment of TILE columns counts how many of its own reach it, and, knowing how many do in
 the segments before, writes their columns in order.  :func:`.select.select_tokens_kernel` selects among these.  The
 guess is checked there by their number; where it was wrong (thousands of equal keys) that kernel reads the whole row.
+
+Floor: the row twice; 1024 rows of 64K columns are 256 MiB, 180 microseconds at 3 TB/s, less where the L2 cache holds
+a chunk; the three kernels take 300 (an H100, docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -37,10 +40,13 @@ def guess_key_kernel(
         sample = tile_columns(0, SAMPLE)
         spread = (sample // 32).to(tl.int64) * (past - first - 32) // RUNS
         column = first + spread.to(tl.int32) + sample % 32
-        keys = load_keys(token_scores_ptr + row.to(tl.int64) * pitch, column, first, past, pitch)
+        keys = load_keys(token_scores_ptr + row.to(tl.int64) * pitch, column, first, past)
         expected = K * (SAMPLE / (past - first).to(tl.float32))
         # As many that the sample of exactly K of them is below that but for one row in thousands.
-        enough = tl.minimum(expected + 4.0 * tl.sqrt(expected) + 16.0, SAMPLE).to(tl.int32)
+        enough = expected + 4.0 * tl.sqrt(expected) + 16.0
+        # But no more than leave it likely that all of them fit a tile.
+        enough = tl.minimum(enough, (K + TILE) // 2 * (SAMPLE / (past - first).to(tl.float32)))
+        enough = tl.minimum(tl.maximum(enough, 1.0), SAMPLE).to(tl.int32)
         guess, _ = kth_key(keys, enough)
     tl.store(guess_ptr + row, tl.maximum(guess, HIDDEN_KEY + 1))
 
@@ -64,9 +70,9 @@ def count_candidates_kernel(
     )
     reached = row * 0
     present = row * 0
-    if (segment * TILE < past) & (segment * TILE + TILE > first):
+    if (segment * TILE < past) & (segment * TILE > first - TILE):
         column = tile_columns(segment * TILE, TILE)
-        keys = load_keys(token_scores_ptr + row.to(tl.int64) * pitch, column, first, past, pitch)
+        keys = load_keys(token_scores_ptr + row.to(tl.int64) * pitch, column, first, past)
         reached = how_many(keys >= tl.load(guess_ptr + row))
         present = how_many(keys != HIDDEN_KEY)
     counts_ptr += row.to(tl.int64) * 2 * segments + segment
@@ -95,7 +101,7 @@ def list_candidates_kernel(
             start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, kept_count_ptr, first_row, row, S, T, BLOCK_SIZE
         )
         column = tile_columns(segment * TILE, TILE)
-        keys = load_keys(token_scores_ptr + row.to(tl.int64) * pitch, column, first, past, pitch)
+        keys = load_keys(token_scores_ptr + row.to(tl.int64) * pitch, column, first, past)
         reached = keys >= tl.load(guess_ptr + row)
         candidates_ptr += row.to(tl.int64) * TILE + sum_counts(counts_ptr, segment, STEP)
         store_columns(candidates_ptr, segment * TILE, before(reached.to(tl.int32)), reached, TILE)

@@ -2,7 +2,8 @@
 
 By block (many rows, blocks of a multiple of 64 tokens): the keys of a block stay where they are and the queries that
 kept it go past them.  By row (few rows, as in decoding, small blocks, float32): a row's candidates are gathered past
-its query.  Both give the same bits.
+its query.  Both give the same bits.  Floor by row: the bytes of the candidates' keys, 67 MB for 32 rows in bfloat16,
+22 microseconds at 3 TB/s; it takes 30 (an H100).  By block: :mod:`.hopper`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def refine_by_block_kernel(
     j % BLOCK_SIZE of the row's kept block j // BLOCK_SIZE.
 
     Without (items_ptr is None, every block kept), grid (batches * tiles of TILE tokens * groups of ``group_rows``
-    rows): column j is token j, and tokens outside a row's window may not be written.
+    rows): column j is token j, and tiles that no window of a group touches may not be written.
 
     Everywhere HIDDEN_BITS where the token is not visible.
     """
@@ -125,9 +126,10 @@ def refine_by_block_kernel(
                     token, start, end, valid_ptr, valid_st, row_mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
                 )
                 bits = tl.where(visible, bits, HIDDEN_BITS)
-            # Every column of a kept block is read later, also those past the last token.
-            written = exists if items_ptr is None else position >= 0
-            tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column + position, bits, mask=written)
+            # Whole tiles, also past the last token, as far as the row of scores goes: selection reads more than it
+            # needs.
+            inside_row = column + position < pitch
+            tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column + position, bits, mask=inside_row)
 
 
 @triton.jit(
@@ -155,7 +157,7 @@ def refine_by_row_kernel(
     """Scores of a row's candidates, grid (rows * groups), one program for ``group_columns`` columns.
 
     Columns are those of :func:`refine_by_block_kernel`: kept_ptr int32 [rows, block_topk] lists the kept blocks, and
-    where it is None every block is kept.  Columns past the row's last candidate, and outside its window, may not be
+    where it is None every block is kept.  Tiles past the row's last candidate, and outside its window, may not be
     written.
     """
     row = tl.program_id(0) // groups
@@ -199,4 +201,4 @@ def refine_by_row_kernel(
                 H, D, PADDED_H, TILE_D, FP8, FP8, WIDEN,
             )  # fmt: skip
             bits = score_bits(scores, visible)
-            tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column, bits, mask=column < high)
+            tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column, bits, mask=column < pitch)

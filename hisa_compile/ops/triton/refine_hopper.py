@@ -28,7 +28,7 @@ def refine_by_block_hopper_kernel(
     first_row, rows_per_batch, group_rows, S, T, pitch, M,
     H: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     PADDED_H: gl.constexpr, TILE_D: gl.constexpr, TILE: gl.constexpr, MOST_ROWS: gl.constexpr,
-    STAGES: gl.constexpr, FP8: gl.constexpr, WIDEN: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """:func:`.refine.refine_by_block_kernel`, grid and arguments alike but for q.
 
