@@ -22,6 +22,8 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32In
 
 import hisa_compile
 
+from .harness import elapsed_ms
+
 CALLS = 5
 CASES = ("causal", "padded", "packed")
 
@@ -63,7 +65,6 @@ def measure(case: str, length: int, hisa: bool) -> tuple[float, float] | None:
     model = Indexer(case).cuda().bfloat16().eval()
     run = torch.compile(model, backend="hisa") if hisa else torch.compile(model)
     arguments = inputs(length, model.config)
-    times = []
     try:
         with torch.no_grad():
             run(*arguments)
@@ -72,13 +73,7 @@ def measure(case: str, length: int, hisa: bool) -> tuple[float, float] | None:
             torch.cuda.reset_peak_memory_stats()
             run(*arguments)
             peak = torch.cuda.max_memory_allocated() - before
-            for _ in range(CALLS):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                run(*arguments)
-                end.record()
-                torch.cuda.synchronize()
-                times.append(start.elapsed_time(end))
+            times = [elapsed_ms(lambda: run(*arguments), 1) for _ in range(CALLS)]
     except torch.OutOfMemoryError:
         return None
     finally:

@@ -63,8 +63,8 @@ def launches(dtype: torch.dtype, heads: int, dim: int, architecture: Any) -> dic
         if dtype == torch.float32
         else found
         | {
-            "hopper": config.hopper_launch(*asked),
-            "coarse_hopper": config.coarse_hopper_launch(*asked),
+            "hopper": config.by_block_launch(*asked, hopper=True),
+            "coarse_hopper": config.coarse_launch(*asked, hopper=True),
         }
     )
 

@@ -95,16 +95,13 @@ def _shape(kernel: str, tiles: Tiles, dtype: torch.dtype, dim: int) -> Shape:
 # Launches of scoring kernels take their warps from the tiles, not from the table: they decide a score's bits.
 
 
-def coarse_launch(tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture) -> Launch:
-    row = lookup(_shape("coarse", tiles, dtype, dim), architecture)
-    most_rows, programs = row.most_rows or MOST_ROWS, row.programs or MANY_COARSE_PROGRAMS
-    return Launch(row.stages, tiles.num_warps, row.maxnreg, most_rows, programs)
-
-
-def coarse_hopper_launch(tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture) -> Launch:
-    row = lookup(_shape("coarse_hopper", tiles, dtype, dim), architecture)
-    most_rows, programs = row.most_rows or MOST_ROWS, row.programs or MANY_COARSE_HOPPER_PROGRAMS
-    return Launch(row.stages, tiles.num_warps, row.maxnreg, most_rows, programs)
+def coarse_launch(
+    tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture, hopper: bool = False
+) -> Launch:
+    """``hopper``: of the version for sm_90."""
+    row = lookup(_shape("coarse_hopper" if hopper else "coarse", tiles, dtype, dim), architecture)
+    programs = row.programs or (MANY_COARSE_HOPPER_PROGRAMS if hopper else MANY_COARSE_PROGRAMS)
+    return Launch(row.stages, tiles.num_warps, row.maxnreg, row.most_rows or MOST_ROWS, programs)
 
 
 def by_block_launch(
@@ -116,10 +113,6 @@ def by_block_launch(
     groups = lookup(_shape("by_block_groups", tiles, dtype, dim), architecture)
     most_rows, programs = groups.most_rows or MOST_ROWS, groups.programs or MANY_PROGRAMS
     return Launch(row.stages, tiles.num_warps, row.maxnreg, most_rows, programs)
-
-
-def hopper_launch(tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture) -> Launch:
-    return by_block_launch(tiles, dtype, dim, architecture, hopper=True)
 
 
 def by_row_launch(tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture) -> Launch:

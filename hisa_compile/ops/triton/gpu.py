@@ -24,11 +24,6 @@ def fp8_mode(q: Tensor) -> int:
     return int(FP8_NATIVE if native else FP8_BITS)
 
 
-def is_hopper(q: Tensor) -> bool:
-    """Whether q is on a GPU with sm_90's instructions, which newer ones do not have."""
-    return q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] == 9
-
-
 @functools.cache
 def _architecture_of(device: torch.device) -> Architecture:
     if torch.version.hip is not None:
@@ -40,6 +35,11 @@ def _architecture_of(device: torch.device) -> Architecture:
 def architecture(q: Tensor) -> Architecture:
     """The row of the table of configurations: 90 for sm_90, "gfx942", or the default's for the interpreter."""
     return _architecture_of(q.device) if q.is_cuda else DEFAULT
+
+
+def is_hopper(q: Tensor) -> bool:
+    """Whether q is on a GPU with sm_90's instructions, which newer ones do not have."""
+    return architecture(q) == 90
 
 
 def launch_options(how: Launch, hip: bool) -> dict[str, int]:

@@ -188,6 +188,7 @@ class _Call:
         self.candidates = self.guess = self.column_counts = None
         self.wide: Tensor | None = None
         self.own_weights: Tensor | None = None
+        self.w_desc: Any = None
         if self.plan.prune:
             self.kept = {"kept_ptr": self.empty(rows, self.block_topk), "kept_count_ptr": self.empty(rows)}
             self.kept_flag = self.empty(rows, self.plan.blocks, dtype=torch.int8)
@@ -217,9 +218,7 @@ class _Call:
             self.weights_of(chunk)
             # Most chunks are like the first; what they launch differs in these arguments alone.
             if self.repeatable and chunk[1:] == first[1:] and chunk.first_row < 2**31:
-                changed = {"first_row": chunk.first_row, "w_ptr": self.query["w_ptr"]}
-                if self.query_rows is not None:
-                    changed["w_desc"] = describe_weights(self.query["w_ptr"], self.plan.tiles)
+                changed = {"first_row": chunk.first_row, "w_ptr": self.query["w_ptr"], "w_desc": self.w_desc}
                 for each in self.repeatable:
                     each.again(changed)
                 continue
@@ -247,6 +246,8 @@ class _Call:
                 self.own_weights = self.empty(self.plan.chunks[0].rows, here.shape[2], dtype=torch.float32)
             here = self.own_weights[: chunk.rows].view(here.shape).copy_(here)
         self.query |= {"w_ptr": here, "w_sr": here.shape[2]}
+        if self.query_rows is not None:
+            self.w_desc = describe_weights(here, self.plan.tiles)
 
     def means_and_tables(self) -> dict[str, Any]:
         """What the coarse stage reads of blocks: representatives, and tables that tell which hold a visible token."""
@@ -277,11 +278,10 @@ class _Call:
         work = self.query | self.seen | means | at | self.shape
         work |= {"block_scores_ptr": self.score_bits, "pitch": self.plan.pitch, "M": self.plan.blocks}
         kernel: Any = coarse_kernel
-        how = config.coarse_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
+        how = config.coarse_launch(self.plan.tiles, self.dtype, self.dim, self.architecture, self.coarse_copied)
         if self.coarse_copied:
             from .coarse_hopper import coarse_hopper_kernel as kernel
 
-            how = config.coarse_hopper_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
             work = self.copied_query(chunk, means["means_ptr"].dtype) | _only(work, kernel)
         group = rows_past_a_tile(chunk.rows, tiles, how)
         self.launch(
@@ -316,8 +316,7 @@ class _Call:
         )
 
     def described(self, q: Tensor, rows: QueryRows) -> dict[str, Any]:
-        described = {"q_desc": describe(q, rows, self.plan.tiles)}
-        described |= {"w_desc": describe_weights(self.query["w_ptr"], self.plan.tiles)}
+        described = {"q_desc": describe(q, rows, self.plan.tiles), "w_desc": self.w_desc}
         return described | {"q_query_rows": rows.of_query, "q_batch_rows": rows.of_batch}
 
     def copied_query(self, chunk: Chunk, dtype: torch.dtype) -> dict[str, Any]:
@@ -392,7 +391,8 @@ class _Call:
                 STAGES=how.stages,
             )
             return
-        how = config.by_block_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
+        hopper = self.query_rows is not None
+        how = config.by_block_launch(self.plan.tiles, self.dtype, self.dim, self.architecture, hopper)
         if self.plan.pairs_listed:
             group = self.plan.pairs_of_item
             programs = self.plan.most_items(chunk) * (self.block_size // self.plan.tiles.tile)
@@ -405,7 +405,6 @@ class _Call:
             # Gluon is young: only who needs it depends on it.
             from .refine_hopper import refine_by_block_hopper_kernel as kernel
 
-            how = config.hopper_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
             work = _only(work, kernel) | self.described(self.q, self.query_rows)
         self.launch(
             kernel,
