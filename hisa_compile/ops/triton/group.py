@@ -31,6 +31,41 @@ def pair_slot(pair):
     return pair & 32767
 
 
+@triton.jit
+def rows_of_program(
+    items_ptr, item_count_ptr, offsets_ptr, rows_per_batch, group_rows, T, M,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A program's part of the refinement by block: (batch of the chunk, first token, inside, first, last).
+
+    The tile of tokens from the first on, ``inside`` so far into their block, and the pairs [first, last) of an item,
+    or, without items, the rows [first, last) of the batch; none of either where the program has no work.
+    """
+    program = tl.program_id(0)
+    inside = 0
+    if items_ptr is not None:
+        PARTS: tl.constexpr = BLOCK_SIZE // TILE
+        item = program // PARTS
+        inside = program % PARTS * TILE
+        first = 0
+        last = 0
+        number = 0
+        if item < tl.load(item_count_ptr):
+            number = tl.load(items_ptr + 2 * item)
+            first = tl.load(items_ptr + 2 * item + 1)
+            last = tl.minimum(first + group_rows, tl.load(offsets_ptr + number + 1))
+        batch_here = number // M
+        first_token = (number % M).to(tl.int64) * BLOCK_SIZE + inside
+    else:
+        groups = (rows_per_batch + group_rows - 1) // group_rows
+        tiles = (T + TILE - 1) // TILE
+        batch_here = program // groups // tiles
+        first_token = (program // groups % tiles).to(tl.int64) * TILE
+        first = program % groups * group_rows
+        last = tl.minimum(first + group_rows, rows_per_batch)
+    return batch_here, first_token, inside, first, last
+
+
 @triton.jit(do_not_specialize=["lists", "most_pairs"])
 def list_items_kernel(
     counts_ptr, offsets_ptr, items_ptr, item_count_ptr, lists, most_pairs,

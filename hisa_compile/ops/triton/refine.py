@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .group import IS_CUT, pair_row, pair_slot
+from .group import IS_CUT, pair_row, pair_slot, rows_of_program
 from .keys import HIDDEN_BITS, score_bits
 from .operands import load_factor
 from .score import head_sum, is_any_negative, load_query, load_vectors, load_weights, multiply, real_heads, score_tile
@@ -51,33 +51,19 @@ def refine_by_block_kernel(
 
     Everywhere HIDDEN_BITS where the token is not visible.
     """
-    if items_ptr is not None:
-        PARTS: tl.constexpr = BLOCK_SIZE // TILE
-        item = tl.program_id(0) // PARTS
-        inside = tl.program_id(0) % PARTS * TILE
-        work = item < tl.load(item_count_ptr)
-        number = tl.load(items_ptr + 2 * item, mask=work, other=0)
-        first = tl.load(items_ptr + 2 * item + 1, mask=work, other=0)
-        last = tl.minimum(first + group_rows, tl.load(offsets_ptr + number + 1, mask=work, other=0))
-        batch_here = number // M
-        first_token = (number % M).to(tl.int64) * BLOCK_SIZE + inside
-        batch = (first_row // S + batch_here).to(tl.int64)
-        first_query = (first_row % S).to(tl.int64)
-    else:
-        groups = tl.cdiv(rows_per_batch, group_rows)
-        tiles = tl.cdiv(T, TILE)
-        group = tl.program_id(0) % groups
-        batch_here = tl.program_id(0) // groups // tiles
-        first_token = (tl.program_id(0) // groups % tiles).to(tl.int64) * TILE
-        inside = 0
-        first = group * group_rows
-        last = tl.minimum(first + group_rows, rows_per_batch)
-        batch = (first_row // S + batch_here).to(tl.int64)
-        first_query = (first_row % S).to(tl.int64)
-        work, cut = group_window(
+    batch_here, first_token, inside, first, last = rows_of_program(
+        items_ptr, item_count_ptr, offsets_ptr, rows_per_batch, group_rows, T, M, BLOCK_SIZE, TILE
+    )
+    batch = (first_row // S + batch_here).to(tl.int64)
+    first_query = (first_row % S).to(tl.int64)
+    work = first < last
+    cut = False
+    if items_ptr is None:
+        touched, cut = group_window(
             tl.arange(0, MOST_ROWS), first_token, first_token + TILE, start_ptr, start_sb, start_ss,
             end_ptr, end_sb, end_ss, batch, first_query + first, last - first, T,
         )  # fmt: skip
+        work = work & touched
 
     if work:
         q_ptr += batch * q_sb

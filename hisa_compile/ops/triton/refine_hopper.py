@@ -5,6 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .group import rows_of_program
 from .hopper import score_tile_of_rows
 from .visible import group_window
 
@@ -36,28 +37,9 @@ def refine_by_block_hopper_kernel(
     ``q_query_rows`` behind the one before it, a sequence ``q_batch_rows``.  w_desc describes the
     chunk's weights as one vector.
     """
-    program = gl.program_id(0)
-    inside = 0
-    if items_ptr is not None:
-        PARTS: gl.constexpr = BLOCK_SIZE // TILE
-        item = program // PARTS
-        inside = program % PARTS * TILE
-        first = 0
-        last = 0
-        number = 0
-        if item < gl.load(item_count_ptr):
-            number = gl.load(items_ptr + 2 * item)
-            first = gl.load(items_ptr + 2 * item + 1)
-            last = gl.minimum(first + group_rows, gl.load(offsets_ptr + number + 1))
-        batch_here = number // M
-        first_token = (number % M).to(gl.int64) * BLOCK_SIZE + inside
-    else:
-        groups = (rows_per_batch + group_rows - 1) // group_rows
-        tiles = (T + TILE - 1) // TILE
-        batch_here = program // groups // tiles
-        first_token = (program // groups % tiles).to(gl.int64) * TILE
-        first = program % groups * group_rows
-        last = gl.minimum(first + group_rows, rows_per_batch)
+    batch_here, first_token, inside, first, last = rows_of_program(
+        items_ptr, item_count_ptr, offsets_ptr, rows_per_batch, group_rows, T, M, BLOCK_SIZE, TILE
+    )
     batch = (first_row // S + batch_here).to(gl.int64)
     first_query = (first_row % S).to(gl.int64)
     # Added to a row of the chunk it is the query.
