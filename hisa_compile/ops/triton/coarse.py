@@ -11,14 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .group import clear_counts
 from .keys import score_bits
 from .operands import FP8_NONE, load_operand
+from .overlap import wait_for_kernel_before
 from .score import head_sum, load_query, load_vectors, load_weights, multiply, real_heads
 from .visible import eligible_blocks, group_window, row_coordinates, row_segment, row_window
 
 
 @triton.jit(
-    do_not_specialize=["first_row", "rows_per_batch", "group_rows", "S", "T", "M"],
+    do_not_specialize=["first_row", "rows_per_batch", "group_rows", "S", "T", "M", "lists"],
 )
 def coarse_kernel(
     q_ptr, q_sb, q_ss, q_sh, q_sd,
@@ -29,18 +31,23 @@ def coarse_kernel(
     mask_ptr, mask_sb, mask_ss, mask_st,
     q_segment_ptr, q_segment_sb, q_segment_ss,
     k_segment_ptr, k_segment_sb, k_segment_st,
-    means_ptr, means_sb, means_sm, means_sd, last_valid_ptr, low_ptr, high_ptr, block_scores_ptr,
-    first_row, rows_per_batch, group_rows, S, T, M, pitch,
+    means_ptr, means_sb, means_sm, means_sd, last_valid_ptr, low_ptr, high_ptr, block_scores_ptr, counts_ptr,
+    first_row, rows_per_batch, group_rows, S, T, M, pitch, lists,
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, MOST_ROWS: tl.constexpr,
     STAGES: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Scores of blocks, grid (batches * groups of rows * tiles of TILE blocks).
 
     block_scores_ptr int32 [rows, pitch]: HIDDEN_BITS where the block is not eligible.  Tiles that no window of a group
     touches may not be written.  The tile of means stays where it is while a group of ``group_rows`` <= MOST_ROWS rows
     of one batch goes past it, so a mean is read once a group and a query once a tile.
+    counts_ptr int32 [lists], where given, gets zeros, to be counted in by :func:`.select.select_blocks_kernel`.
     """
+    wait_for_kernel_before(OVERLAP)
+    if counts_ptr is not None:
+        clear_counts(counts_ptr, lists, tl.arange(0, 128))
     tiles = tl.cdiv(M, TILE)
     groups = tl.cdiv(rows_per_batch, group_rows)
     tile = tl.program_id(0) % tiles
@@ -102,8 +109,10 @@ def coarse_kernel(
 def widen_queries_kernel(
     q_ptr, q_sb, q_ss, q_sh, q_sd, wide_ptr, first_row, S,
     H: tl.constexpr, D: tl.constexpr, PADDED_H: tl.constexpr, TILE_D: tl.constexpr, FP8: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """wide_ptr [rows, H, D] gets the q of a chunk's rows in its own dtype, grid (rows): float8 that meets means."""
+    wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0)
     _, batch, query_index = row_coordinates(first_row, row, S)
     h = tl.arange(0, PADDED_H)

@@ -5,29 +5,45 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .group import clear_counts
 from .hopper import score_tile_of_rows
+from .overlap import wait_for_kernel_before
 from .visible import group_window
 
 
 @gluon.jit(
-    do_not_specialize=["q_query_rows", "q_batch_rows", "first_row", "rows_per_batch", "group_rows", "S", "T", "M"],
+    do_not_specialize=[
+        "q_query_rows",
+        "q_batch_rows",
+        "first_row",
+        "rows_per_batch",
+        "group_rows",
+        "S",
+        "T",
+        "M",
+        "lists",
+    ],
 )
 def coarse_hopper_kernel(
     q_desc, q_query_rows, q_batch_rows, w_desc,
     means_ptr, means_sb, means_sm, means_sd,
     start_ptr, start_sb, start_ss,
     end_ptr, end_sb, end_ss,
-    block_scores_ptr,
-    first_row, rows_per_batch, group_rows, S, T, M, pitch,
+    block_scores_ptr, counts_ptr,
+    first_row, rows_per_batch, group_rows, S, T, M, pitch, lists,
     H: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     PADDED_H: gl.constexpr, TILE_D: gl.constexpr, TILE: gl.constexpr, MOST_ROWS: gl.constexpr,
     STAGES: gl.constexpr, OF_CHUNK: gl.constexpr,
+    OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """:func:`.coarse.coarse_kernel` with the same grid, and, as far as it has them, the same arguments.
 
     q_desc and w_desc as in :func:`.refine_hopper.refine_by_block_hopper_kernel`, q in the means' dtype; OF_CHUNK:
     q_desc holds the chunk's rows alone, by their number.
     """
+    wait_for_kernel_before(OVERLAP)
+    if counts_ptr is not None:
+        clear_counts(counts_ptr, lists, gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
     tiles = (M + TILE - 1) // TILE
     groups = (rows_per_batch + group_rows - 1) // group_rows
     tile = gl.program_id(0) % tiles

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .keys import pack, rank_key, score_bits, unpack
 from .operands import load_factor
+from .overlap import wait_for_kernel_before
 from .score import load_query, load_weights, score_tile
 from .visible import row_coordinates, row_segment, row_window, visible_tokens
 
@@ -41,12 +42,14 @@ def fill_kernel(
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, SCAN: tl.constexpr,
     FINAL: tl.constexpr, MARK_HIDDEN: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Fill up rows whose visible candidates were fewer than K, one program a row; the others leave at once.
 
     First with visible tokens outside the kept blocks, with their own scores, then with hidden tokens, both lowest
     position first.  indices_ptr and keys_ptr are int32 [B * S, K], as :func:`.select.select_tokens_kernel` left them.
     """
+    wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0)
     have = tl.load(selected_count_ptr + row)
     if have < K:
@@ -126,11 +129,13 @@ def _load_packed(indices_ptr, keys_ptr, offset, wanted):
 def sort_kernel(
     indices_ptr, keys_ptr, scores_ptr,
     first_row, K, TILE: tl.constexpr, MARK_HIDDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Rows of at most TILE entries to the operator's outputs, in order and in place, one program a row.
 
     keys_ptr int32 and scores_ptr float32 are the same memory [B * S, K].
     """
+    wait_for_kernel_before(OVERLAP)
     column = tl.arange(0, TILE)
     offset = (tl.program_id(0).to(tl.int64) + first_row) * K + column
     wanted = column < K
@@ -141,8 +146,9 @@ def sort_kernel(
 
 
 @triton.jit(do_not_specialize=["first_row", "K"])
-def sort_tiles_kernel(indices_ptr, keys_ptr, packed_ptr, first_row, K, TILE: tl.constexpr):
+def sort_tiles_kernel(indices_ptr, keys_ptr, packed_ptr, first_row, K, TILE: tl.constexpr, OVERLAP: tl.constexpr):
     """Rows too long for one sort: packed_ptr int64 [rows, tiles * TILE] gets tiles sorted one by one."""
+    wait_for_kernel_before(OVERLAP)
     tiles = tl.cdiv(K, TILE)
     row = tl.program_id(0) // tiles
     column = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
@@ -155,12 +161,14 @@ def sort_tiles_kernel(indices_ptr, keys_ptr, packed_ptr, first_row, K, TILE: tl.
 def merge_tiles_kernel(
     packed_ptr, indices_ptr, scores_ptr,
     first_row, K, TILE: tl.constexpr, LOG_TILE: tl.constexpr, MARK_HIDDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Sorted tiles to the outputs, one program a tile: an entry's place is the number of entries above it.
 
     Entries are distinct, so that number is the entry's place in its own tile plus, by binary search, its place in
     each of the others.
     """
+    wait_for_kernel_before(OVERLAP)
     tiles = tl.cdiv(K, TILE)
     row = tl.program_id(0) // tiles
     own = tl.program_id(0) % tiles

@@ -42,6 +42,12 @@ def is_hopper(q: Tensor) -> bool:
     return architecture(q) == 90
 
 
+def overlaps(q: Tensor) -> bool:
+    """Whether a kernel may come before the one before it has ended, see :mod:`.overlap`."""
+    here = architecture(q)
+    return isinstance(here, int) and here >= 90
+
+
 def launch_options(how: Launch, hip: bool) -> dict[str, int]:
     """``how`` as Triton's options; AMD's compiler takes no limit on registers."""
     options = {"num_warps": how.num_warps, "num_stages": how.stages}
@@ -53,7 +59,10 @@ def launch(kernel: Any, programs: int, how: Launch, **arguments: Any) -> Any:
 
     Returns the compiled kernel, None under the interpreter.
     """
-    return kernel[(programs,)](**arguments, **launch_options(how, torch.version.hip is not None))
+    options = launch_options(how, torch.version.hip is not None)
+    if arguments["OVERLAP"]:
+        options |= {"launch_pdl": True}
+    return kernel[(programs,)](**arguments, **options)
 
 
 class Repeatable:

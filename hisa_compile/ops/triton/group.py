@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .overlap import wait_for_kernel_before
 from .visible import row_coordinates, row_window
 
 IS_CUT = tl.constexpr(2**15)
@@ -66,10 +67,19 @@ def rows_of_program(
     return batch_here, first_token, inside, first, last
 
 
+@triton.jit
+def clear_counts(counts_ptr, lists, near):
+    """Zero counts_ptr int32 [lists], all programs together; ``near``: 0, 1, 2, ... as many as a step takes."""
+    STEP: tl.constexpr = near.shape[0]
+    for base in range(tl.program_id(0) * STEP, lists, tl.num_programs(0) * STEP):
+        tl.store(counts_ptr + base + near, near * 0, mask=base + near < lists)
+
+
 @triton.jit(do_not_specialize=["lists", "most_pairs"])
 def list_items_kernel(
     counts_ptr, offsets_ptr, items_ptr, item_count_ptr, lists, most_pairs,
     TILE: tl.constexpr, SUM_TILE: tl.constexpr, PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(lists, TILE)).  From the number of pairs of each (batch, block), counts_ptr int32 [lists]:
 
@@ -78,6 +88,7 @@ def list_items_kernel(
     of fewer pairs come last: a GPU that has no more work is then idle for a short one's time at most.
     A program adds up what comes before its own lists by itself: they are few, and nobody has to wait.
     """
+    wait_for_kernel_before(OVERLAP)
     base = tl.program_id(0) * TILE
     pairs = tl.zeros([SUM_TILE], tl.int32)
     full = tl.zeros([SUM_TILE], tl.int32)
@@ -113,20 +124,18 @@ def list_items_kernel(
         tl.store(item_count_ptr, total_full + tl.sum(short, axis=0) + tl.sum(rest, axis=0))
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "rows_per_batch", "S", "T", "M", "block_topk", "lists"])
+@triton.jit(do_not_specialize=["first_row", "rows", "rows_per_batch", "S", "T", "M", "block_topk"])
 def sort_pairs_kernel(
     start_ptr, start_sb, start_ss,
     end_ptr, end_sb, end_ss,
-    kept_ptr, kept_count_ptr, rank_ptr, offsets_ptr, pairs_ptr, counts_ptr,
-    first_row, rows, rows_per_batch, S, T, M, block_topk, lists, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    kept_ptr, kept_count_ptr, rank_ptr, offsets_ptr, pairs_ptr,
+    first_row, rows, rows_per_batch, S, T, M, block_topk, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(rows * block_topk, TILE)).  kept_ptr, rank_ptr int32 [rows, block_topk]: a row's kept blocks, and each
     one's place among the pairs of that block, in any order; pairs_ptr int32 [rows * block_topk] gets the pairs.
-    counts_ptr int32 [lists] is set back to 0 for the next chunk.
     """
-    for base in range(tl.program_id(0) * TILE, lists, tl.num_programs(0) * TILE):
-        number = base + tl.arange(0, TILE)
-        tl.store(counts_ptr + number, number * 0, mask=number < lists)
+    wait_for_kernel_before(OVERLAP)
     entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = (entry // block_topk).to(tl.int32)
     slot = (entry % block_topk).to(tl.int32)

@@ -17,6 +17,9 @@ from .keys import HIDDEN_BITS, HIDDEN_KEY, key_score, stored_key
 _RUN = tl.constexpr(128)
 # Steps that guess in the scores' own scale; after them the bracket of keys is halved, which takes at most 32.
 _GUESSES = tl.constexpr(20)
+# From this step on the bracket is now and then drawn in to keys that there are: nothing else ends the search early
+# among equal keys, and a guess in a bracket that ends at an outlier is poor.
+_DRAWN_IN = tl.constexpr(8)
 
 
 @triton.jit
@@ -96,6 +99,10 @@ def kth_key(keys, wanted):
     above_high = wanted * 0
     step = wanted * 0
     while (low < high) & (at_low != wanted):
+        if (step >= _DRAWN_IN) & (step % 4 == 0):
+            drawn_in = tl.min(tl.where(keys < low, high, keys), axis=None)
+            high = tl.max(tl.where(keys > high, low, keys), axis=None)
+            low = drawn_in
         pivot = _next_pivot(low, high, at_low, above_high, wanted, step)
         reached = how_many(keys >= pivot)
         low, high, at_low, above_high = _narrowed(low, high, at_low, above_high, wanted, pivot, reached)
@@ -138,6 +145,16 @@ def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, TI
     above_high = wanted * 0
     step = wanted * 0
     while (low < high) & (at_low != wanted):
+        if (step >= _DRAWN_IN) & (step % 4 == 0):
+            least = high
+            most = low
+            for base in range(first // TILE * TILE, past, TILE):
+                column = tile_columns(base, TILE)
+                keys = but(load_keys(scores_ptr, column, first, past), column, skip_first, skip_last)
+                least = tl.minimum(least, tl.min(tl.where(keys < low, high, keys), axis=None))
+                most = tl.maximum(most, tl.max(tl.where(keys > high, low, keys), axis=None))
+            low = least
+            high = most
         pivot = _next_pivot(low, high, at_low, above_high, wanted, step)
         count = wanted * 0
         for base in range(first // TILE * TILE, past, TILE):

@@ -32,6 +32,7 @@ from .pool import pool_kernel
 from .refine import refine_by_block_kernel, refine_by_row_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
 from .sizes import cdiv, power_of_2
+from .workspace import Workspace
 
 
 def indexer_topk_triton(
@@ -81,16 +82,19 @@ def pool_keys_triton(
         arguments |= gpu.strided("k_weight", k_weight, "bt") | gpu.strided("valid", key_valid, "bt")
         arguments |= gpu.strided("k_segment", None, "bt") | {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
         with torch.cuda.device_of(k):
-            _pool(arguments | {"means_ptr": means}, batch, tokens, dim, block_size, fp8)
+            _pool(arguments | {"means_ptr": means}, batch, tokens, dim, block_size, fp8, gpu.overlaps(k))
     return means
 
 
-def _pool(arguments: dict[str, Any], batch: int, tokens: int, dim: int, block_size: int, fp8: int) -> None:
+def _pool(
+    arguments: dict[str, Any], batch: int, tokens: int, dim: int, block_size: int, fp8: int, overlap: bool
+) -> None:
     blocks = cdiv(tokens, block_size)
     gpu.launch(
         pool_kernel,
         batch * blocks,
         Launch(1, 4),
+        OVERLAP=overlap,
         **arguments,
         T=tokens,
         M=blocks,
@@ -171,44 +175,14 @@ class _Call:
             "WIDEN": triton.knobs.runtime.interpret,
         }
         self.sizes = {"S": self.queries, "T": self.tokens}
+        self.overlap = gpu.overlaps(q)
         self.repeatable: list[gpu.Repeatable] = []
         self.recording = len(self.plan.chunks) > 1
-        self.allocate()
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def allocate(self) -> None:
-        rows = self.plan.chunks[0].rows
-        lists = self.plan.chunks[0].batches * self.plan.blocks
-        self.score_bits = self.empty(rows, self.plan.pitch)
-        self.selected_count = self.empty(rows)
-        self.kept: dict[str, Tensor | None] = {"kept_ptr": None, "kept_count_ptr": None}
-        self.kept_flag = self.counts = self.rank = None
-        self.candidates = self.guess = self.column_counts = None
-        self.wide: Tensor | None = None
-        self.own_weights: Tensor | None = None
-        self.w_desc: Any = None
-        if self.plan.prune:
-            self.kept = {"kept_ptr": self.empty(rows, self.block_topk), "kept_count_ptr": self.empty(rows)}
-            self.kept_flag = self.empty(rows, self.plan.blocks, dtype=torch.int8)
-        self.items: dict[str, Tensor | None] = {"items_ptr": None, "item_count_ptr": None, "offsets_ptr": None}
-        self.pairs = None
-        if self.plan.pairs_listed:
-            self.rank = self.empty(rows, self.block_topk)
-            self.pairs = self.empty(rows * self.block_topk)
-            self.counts = torch.zeros(lists, dtype=torch.int32, device=self.device)
-            self.items = {
-                "items_ptr": self.empty(self.plan.most_items(self.plan.chunks[0]), 2),
-                "item_count_ptr": self.empty(1),
-                "offsets_ptr": self.empty(lists + 1),
-            }
-        if not self.plan.one_tile:
-            self.candidates = self.empty(rows, config.SELECT_TILE)
-            self.guess = self.empty(rows)
-            self.column_counts = self.empty(rows, 2, self.plan.segments)
-        if self.plan.merged:
-            self.packed = self.empty(rows, self.plan.sort_tiles * self.plan.sort_tile, dtype=torch.int64)
+        means = pooled_dtype(self.dtype)
+        wide = means if self.coarse_copied and means != self.dtype else None
+        if self.query_rows is not None:
+            self.q_desc = describe(q, self.query_rows, tiles)
+        self.space = Workspace(self.plan, heads, self.dim, wide, self.device)
 
     def run(self) -> None:
         means = self.means_and_tables() if self.plan.prune else {}
@@ -233,6 +207,7 @@ class _Call:
 
     def launch(self, kernel: Any, programs: int, how: Launch, **arguments: Any) -> None:
         """A launch of a stage, which the chunks after the first repeat."""
+        arguments["OVERLAP"] = self.overlap
         compiled = gpu.launch(kernel, programs, how, **arguments)
         if self.recording and compiled is not None:
             self.repeatable.append(gpu.Repeatable(compiled, kernel, programs, arguments))
@@ -242,24 +217,26 @@ class _Call:
         batch, query = divmod(chunk.first_row, self.queries)
         here = self.weights[batch : batch + chunk.batches, query : query + chunk.of_batch]
         if here.dtype != torch.float32 or not here.is_contiguous() or here.data_ptr() % 16:
-            if self.own_weights is None:
-                self.own_weights = self.empty(self.plan.chunks[0].rows, here.shape[2], dtype=torch.float32)
-            here = self.own_weights[: chunk.rows].view(here.shape).copy_(here)
+            if self.space.weights is None:
+                shape = (self.plan.chunks[0].rows, here.shape[2])
+                self.space.weights = torch.empty(shape, dtype=torch.float32, device=self.device)
+            here = self.space.weights[: chunk.rows].view(here.shape).copy_(here)
         self.query |= {"w_ptr": here, "w_sr": here.shape[2]}
-        if self.query_rows is not None:
-            self.w_desc = describe_weights(here, self.plan.tiles)
+        self.w_desc = None if self.query_rows is None else describe_weights(here, self.plan.tiles)
 
     def means_and_tables(self) -> dict[str, Any]:
         """What the coarse stage reads of blocks: representatives, and tables that tell which hold a visible token."""
         means = self.k_pooled
         if means is None:
-            means = self.empty(self.batch, self.plan.blocks, self.dim, dtype=pooled_dtype(self.dtype))
+            means = torch.empty(
+                (self.batch, self.plan.blocks, self.dim), dtype=pooled_dtype(self.dtype), device=self.device
+            )
         tables: dict[str, Tensor | None] = {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
         if self.of_keys["valid_ptr"] is not None:
-            tables["last_valid_ptr"] = self.empty(self.batch, self.tokens)
+            tables["last_valid_ptr"] = torch.empty((self.batch, self.tokens), dtype=torch.int32, device=self.device)
         if self.of_keys["k_segment_ptr"] is not None:
             tables["low_ptr"], tables["high_ptr"] = (
-                self.empty(self.batch, self.plan.blocks, dtype=torch.int64) for _ in range(2)
+                torch.empty((self.batch, self.plan.blocks), dtype=torch.int64, device=self.device) for _ in range(2)
             )
         if self.k_pooled is None or any(table is not None for table in tables.values()):
             _pool(
@@ -269,6 +246,7 @@ class _Call:
                 self.dim,
                 self.block_size,
                 self.shape["FP8"],
+                self.overlap,
             )
         return gpu.strided("means", means, "bmd") | tables
 
@@ -276,13 +254,14 @@ class _Call:
         """Scores of blocks, and the kept ones."""
         tiles = cdiv(self.plan.blocks, self.plan.tiles.tile)
         work = self.query | self.seen | means | at | self.shape
-        work |= {"block_scores_ptr": self.score_bits, "pitch": self.plan.pitch, "M": self.plan.blocks}
+        work |= {"block_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch, "M": self.plan.blocks}
+        work |= {"counts_ptr": self.space.counts, "lists": chunk.batches * self.plan.blocks}
         kernel: Any = coarse_kernel
         how = config.coarse_launch(self.plan.tiles, self.dtype, self.dim, self.architecture, self.coarse_copied)
         if self.coarse_copied:
             from .coarse_hopper import coarse_hopper_kernel as kernel
 
-            work = self.copied_query(chunk, means["means_ptr"].dtype) | _only(work, kernel)
+            work = self.copied_query(chunk) | _only(work, kernel)
         group = rows_past_a_tile(chunk.rows, tiles, how)
         self.launch(
             kernel,
@@ -299,12 +278,12 @@ class _Call:
             chunk.rows,
             config.select_launch("select_blocks", self.plan.blocks, self.architecture),
             **self.window,
-            **self.kept,
+            **self.space.kept,
             **at,
-            block_scores_ptr=self.score_bits,
-            kept_flag_ptr=self.kept_flag,
-            counts_ptr=self.counts,
-            rank_ptr=self.rank,
+            block_scores_ptr=self.space.score_bits,
+            kept_flag_ptr=self.space.kept_flag,
+            counts_ptr=self.space.counts,
+            rank_ptr=self.space.rank,
             rows_per_batch=chunk.of_batch,
             M=self.plan.blocks,
             pitch=self.plan.pitch,
@@ -315,23 +294,21 @@ class _Call:
             ONE_TILE=self.plan.blocks <= config.SELECT_TILE,
         )
 
-    def described(self, q: Tensor, rows: QueryRows) -> dict[str, Any]:
-        described = {"q_desc": describe(q, rows, self.plan.tiles), "w_desc": self.w_desc}
-        return described | {"q_query_rows": rows.of_query, "q_batch_rows": rows.of_batch}
-
-    def copied_query(self, chunk: Chunk, dtype: torch.dtype) -> dict[str, Any]:
+    def copied_query(self, chunk: Chunk) -> dict[str, Any]:
         """q for the coarse kernel of sm_90, in the dtype of the means: float8 is widened once for all of them."""
-        if self.dtype == dtype:
-            assert self.query_rows is not None
-            return self.described(self.q, self.query_rows) | {"OF_CHUNK": False}
-        if self.wide is None:
-            self.wide = self.empty(self.plan.chunks[0].rows, 1, self.q.shape[2], self.dim, dtype=dtype)
-        shape = {name: self.shape[name] for name in ("H", "D", "PADDED_H", "TILE_D", "FP8")}
-        query = {name: self.query[name] for name in ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd")}
-        at = {"first_row": chunk.first_row, "S": self.queries}
-        self.launch(widen_queries_kernel, chunk.rows, Launch(1, 8), **query, **at, **shape, wide_ptr=self.wide)
-        rows = QueryRows(self.wide.shape[0] * self.wide.shape[2], self.wide.shape[2], 0)
-        return self.described(self.wide, rows) | {"OF_CHUNK": True}
+        assert self.query_rows is not None
+        rows, described, wide = self.query_rows, self.q_desc, self.space.wide
+        if wide is not None:
+            shape = {name: self.shape[name] for name in ("H", "D", "PADDED_H", "TILE_D", "FP8")}
+            query = {name: self.query[name] for name in ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd")}
+            at = {"first_row": chunk.first_row, "S": self.queries}
+            self.launch(widen_queries_kernel, chunk.rows, Launch(1, 8), **query, **at, **shape, wide_ptr=wide)
+            rows, described = QueryRows(0, wide.shape[1], 0), self.space.wide_desc
+        return self.described(rows, described) | {"OF_CHUNK": wide is not None}
+
+    def described(self, rows: QueryRows, described: Any) -> dict[str, Any]:
+        q = {"q_desc": described, "q_query_rows": rows.of_query, "q_batch_rows": rows.of_batch}
+        return q | {"w_desc": self.w_desc}
 
     def list_pairs(self, chunk: Chunk, at: dict[str, int]) -> None:
         """The pairs (row, kept block) by block, and the items of work that they make."""
@@ -340,8 +317,8 @@ class _Call:
             list_items_kernel,
             cdiv(lists, config.LIST_TILE),
             Launch(1, 4),
-            **self.items,
-            counts_ptr=self.counts,
+            **self.space.items,
+            counts_ptr=self.space.counts,
             lists=lists,
             most_pairs=self.plan.pairs_of_item,
             TILE=config.LIST_TILE,
@@ -353,13 +330,11 @@ class _Call:
             cdiv(chunk.rows * self.block_topk, config.PAIR_TILE),
             Launch(1, 4),
             **self.window,
-            **self.kept,
+            **self.space.kept,
             **at,
-            rank_ptr=self.rank,
-            offsets_ptr=self.items["offsets_ptr"],
-            pairs_ptr=self.pairs,
-            counts_ptr=self.counts,
-            lists=lists,
+            rank_ptr=self.space.rank,
+            offsets_ptr=self.space.items["offsets_ptr"],
+            pairs_ptr=self.space.pairs,
             rows=chunk.rows,
             rows_per_batch=chunk.of_batch,
             M=self.plan.blocks,
@@ -371,7 +346,7 @@ class _Call:
     def refine(self, chunk: Chunk, at: dict[str, int]) -> None:
         """Scores of candidate tokens."""
         work = self.query | self.keys | self.seen | at | self.shape
-        work |= {"token_scores_ptr": self.score_bits, "pitch": self.plan.pitch}
+        work |= {"token_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch}
         if not self.plan.by_block:
             tiles = cdiv(self.plan.columns, self.plan.tiles.tile)
             how = config.by_row_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
@@ -384,7 +359,7 @@ class _Call:
                 chunk.rows * groups,
                 how,
                 **work,
-                **self.kept,
+                **self.space.kept,
                 groups=groups,
                 group_columns=share,
                 block_topk=self.block_topk,
@@ -405,14 +380,14 @@ class _Call:
             # Gluon is young: only who needs it depends on it.
             from .refine_hopper import refine_by_block_hopper_kernel as kernel
 
-            work = _only(work, kernel) | self.described(self.q, self.query_rows)
+            work = _only(work, kernel) | self.described(self.query_rows, self.q_desc)
         self.launch(
             kernel,
             programs,
             how,
             **work,
-            **self.items,
-            pairs_ptr=self.pairs,
+            **self.space.items,
+            pairs_ptr=self.space.pairs,
             rows_per_batch=chunk.of_batch,
             group_rows=group,
             M=self.plan.blocks,
@@ -423,22 +398,22 @@ class _Call:
     def select(self, chunk: Chunk, at: dict[str, int]) -> None:
         """The best tokens of each row, and others where it has too few."""
         how = config.select_launch("select_tokens", self.plan.columns, self.architecture)
-        of_rows = self.window | at | {"token_scores_ptr": self.score_bits, "pitch": self.plan.pitch}
-        of_rows |= {"kept_count_ptr": self.kept["kept_count_ptr"], "BLOCK_SIZE": self.block_size}
+        of_rows = self.window | at | {"token_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch}
+        of_rows |= {"kept_count_ptr": self.space.kept["kept_count_ptr"], "BLOCK_SIZE": self.block_size}
         of_rows |= {"TILE": min(power_of_2(self.plan.columns), config.SELECT_TILE)}
         step = {"STEP": min(power_of_2(self.plan.segments), config.SCAN_TILE)}
         if not self.plan.one_tile:
             sample = min(config.LONG_SAMPLE, of_rows["TILE"])
             if self.plan.columns > config.LONG_COLUMNS:
                 sample = of_rows["TILE"]
-            guess = {"guess_ptr": self.guess}
+            guess = {"guess_ptr": self.space.guess}
             how_sample = config.select_launch("select_tokens", sample, self.architecture)
             self.launch(guess_key_kernel, chunk.rows, how_sample, **of_rows, **guess, K=self.width, SAMPLE=sample)
-            segments = {"segments": self.plan.segments, "counts_ptr": self.column_counts}
+            segments = {"segments": self.plan.segments, "counts_ptr": self.space.column_counts}
             programs = chunk.rows * self.plan.segments
             self.launch(count_candidates_kernel, programs, how, **of_rows, **guess, **segments)
             self.launch(list_candidates_kernel, programs, how, **of_rows, **guess, **segments, **step,
-                   candidates_ptr=self.candidates)  # fmt: skip
+                   candidates_ptr=self.space.candidates)  # fmt: skip
         self.launch(
             select_tokens_kernel,
             chunk.rows,
@@ -446,11 +421,11 @@ class _Call:
             **of_rows,
             **self.outputs,
             **step,
-            kept_ptr=self.kept["kept_ptr"],
-            candidates_ptr=self.candidates,
-            counts_ptr=self.column_counts,
+            kept_ptr=self.space.kept["kept_ptr"],
+            candidates_ptr=self.space.candidates,
+            counts_ptr=self.space.column_counts,
             segments=self.plan.segments,
-            selected_count_ptr=self.selected_count,
+            selected_count_ptr=self.space.selected_count,
             block_topk=self.block_topk,
             K=self.width,
             K_TILE=min(power_of_2(self.width), config.EMIT_TILE),
@@ -467,9 +442,9 @@ class _Call:
             **self.outputs,
             **at,
             **self.shape,
-            kept_count_ptr=self.kept["kept_count_ptr"],
-            kept_flag_ptr=self.kept_flag,
-            selected_count_ptr=self.selected_count,
+            kept_count_ptr=self.space.kept["kept_count_ptr"],
+            kept_flag_ptr=self.space.kept_flag,
+            selected_count_ptr=self.space.selected_count,
             M=self.plan.blocks,
             block_topk=self.block_topk,
             K=self.width,
@@ -489,13 +464,13 @@ class _Call:
                    MARK_HIDDEN=self.mark_hidden)  # fmt: skip
             return
         programs = chunk.rows * self.plan.sort_tiles
-        self.launch(sort_tiles_kernel, programs, how, **self.outputs, **order, packed_ptr=self.packed)
+        self.launch(sort_tiles_kernel, programs, how, **self.outputs, **order, packed_ptr=self.space.packed)
         self.launch(
             merge_tiles_kernel,
             programs,
             how,
             **order,
-            packed_ptr=self.packed,
+            packed_ptr=self.space.packed,
             indices_ptr=self.outputs["indices_ptr"],
             scores_ptr=self.scores,
             LOG_TILE=self.plan.sort_tile.bit_length() - 1,

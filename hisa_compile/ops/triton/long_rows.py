@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .keys import HIDDEN_KEY
 from .kth import before, how_many, kth_key, load_keys, store_columns, sum_counts, tile_columns
+from .overlap import wait_for_kernel_before
 from .select import row_range
 
 
@@ -26,8 +27,10 @@ def guess_key_kernel(
     kept_count_ptr, token_scores_ptr, guess_ptr,
     first_row, S, T, pitch, K,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SAMPLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """guess_ptr int32 [rows]: a key that few more than K columns of the row should reach, grid (rows)."""
+    wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0)
     first, past = row_range(
         start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, kept_count_ptr, first_row, row, S, T, BLOCK_SIZE
@@ -58,11 +61,13 @@ def count_candidates_kernel(
     kept_count_ptr, token_scores_ptr, guess_ptr, counts_ptr,
     first_row, S, T, pitch, segments,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """counts_ptr int32 [rows, 2, segments]: columns of each segment that reach the guess, and visible ones at all.
 
     Grid (rows * segments).
     """
+    wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0) // segments
     segment = tl.program_id(0) % segments
     first, past = row_range(
@@ -87,11 +92,13 @@ def list_candidates_kernel(
     kept_count_ptr, token_scores_ptr, guess_ptr, counts_ptr, candidates_ptr,
     first_row, S, T, pitch, segments,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """candidates_ptr int32 [rows, TILE]: the columns that reach the guess, ascending, where they are at most TILE.
 
     Grid (rows * segments).
     """
+    wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0) // segments
     segment = tl.program_id(0) % segments
     counts_ptr += row.to(tl.int64) * 2 * segments

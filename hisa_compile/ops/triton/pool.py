@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .operands import load_factor, load_operand
+from .overlap import wait_for_kernel_before
 
 
 @triton.jit
@@ -44,6 +45,7 @@ def pool_kernel(
     means_ptr, last_valid_ptr, low_ptr, high_ptr,
     T, M,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED_D: tl.constexpr, TILE: tl.constexpr, FP8: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program a block, grid (B * M).
 
@@ -53,6 +55,7 @@ def pool_kernel(
     -1.  low_ptr and high_ptr int64 [B, M] get, where segments are given, the least and the greatest segment of the
     block's valid keys; the least is above the greatest where it has none.
     """
+    wait_for_kernel_before(OVERLAP)
     block = tl.program_id(0).to(tl.int64)
     batch = block // M
     first = (block % M) * BLOCK_SIZE

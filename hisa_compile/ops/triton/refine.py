@@ -14,6 +14,7 @@ import triton.language as tl
 from .group import IS_CUT, pair_row, pair_slot, rows_of_program
 from .keys import HIDDEN_BITS, score_bits
 from .operands import load_factor
+from .overlap import wait_for_kernel_before
 from .score import head_sum, is_any_negative, load_query, load_vectors, load_weights, multiply, real_heads, score_tile
 from .visible import group_window, row_coordinates, row_segment, row_window, visible_tokens
 
@@ -39,6 +40,7 @@ def refine_by_block_kernel(
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, MOST_ROWS: tl.constexpr,
     STAGES: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Scores of candidates for rows of one chunk; D <= TILE_D, and TILE divides BLOCK_SIZE.
 
@@ -51,6 +53,7 @@ def refine_by_block_kernel(
 
     Everywhere HIDDEN_BITS where the token is not visible.
     """
+    wait_for_kernel_before(OVERLAP)
     batch_here, first_token, inside, first, last = rows_of_program(
         items_ptr, item_count_ptr, offsets_ptr, rows_per_batch, group_rows, T, M, BLOCK_SIZE, TILE
     )
@@ -139,6 +142,7 @@ def refine_by_row_kernel(
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     FP8: tl.constexpr, WIDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Scores of a row's candidates, grid (rows * groups), one program for ``group_columns`` columns.
 
@@ -146,6 +150,7 @@ def refine_by_row_kernel(
     where it is None every block is kept.  Tiles past the row's last candidate, and outside its window, may not be
     written.
     """
+    wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0) // groups
     group = tl.program_id(0) % groups
     _, batch, query_index = row_coordinates(first_row, row, S)

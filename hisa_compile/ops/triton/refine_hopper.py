@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 
 from .group import rows_of_program
 from .hopper import score_tile_of_rows
+from .overlap import wait_for_kernel_before
 from .visible import group_window
 
 
@@ -30,6 +31,7 @@ def refine_by_block_hopper_kernel(
     H: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     PADDED_H: gl.constexpr, TILE_D: gl.constexpr, TILE: gl.constexpr, MOST_ROWS: gl.constexpr,
     STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """:func:`.refine.refine_by_block_kernel`, grid and arguments alike but for q.
 
@@ -37,6 +39,7 @@ def refine_by_block_hopper_kernel(
     ``q_query_rows`` behind the one before it, a sequence ``q_batch_rows``.  w_desc describes the
     chunk's weights as one vector.
     """
+    wait_for_kernel_before(OVERLAP)
     batch_here, first_token, inside, first, last = rows_of_program(
         items_ptr, item_count_ptr, offsets_ptr, rows_per_batch, group_rows, T, M, BLOCK_SIZE, TILE
     )

@@ -22,6 +22,7 @@ from .kth import (
     sum_counts,
     tile_columns,
 )
+from .overlap import wait_for_kernel_before
 from .visible import row_coordinates, row_window
 
 
@@ -49,6 +50,7 @@ def select_blocks_kernel(
     block_scores_ptr, kept_ptr, kept_count_ptr, kept_flag_ptr, counts_ptr, rank_ptr,
     first_row, rows_per_batch, S, T, M, pitch, block_topk,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, ONE_TILE: tl.constexpr, SLOTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The coarse filter, one program a row: at most block_topk blocks, the first and last eligible one among them.
 
@@ -57,6 +59,7 @@ def select_blocks_kernel(
     far as the row's window touches them.  What lies past the row's count is not written.  With counts_ptr int32
     [batches * M] every kept block counts its row there, and rank_ptr int32 [rows, block_topk] gets the count before.
     """
+    wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0)
     _, batch, query_index = row_coordinates(first_row, row, S)
     start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
@@ -120,6 +123,7 @@ def select_tokens_kernel(
     first_row, S, T, pitch, block_topk, K, segments,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, ONE_TILE: tl.constexpr, K_TILE: tl.constexpr, FINAL: tl.constexpr,
     STEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The top K of a row's candidates, one program a row, columns as :mod:`.refine` defines them.
 
@@ -130,6 +134,7 @@ def select_tokens_kernel(
     A row of more than TILE columns: candidates_ptr and counts_ptr are those of :mod:`.long_rows`, and the best of the
     listed columns are selected; where its guess was wrong the row is read again for every step.
     """
+    wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0)
     first, past = row_range(
         start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, kept_count_ptr, first_row, row, S, T, BLOCK_SIZE

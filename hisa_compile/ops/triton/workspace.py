@@ -1,0 +1,70 @@
+"""What the kernels of a chunk leave for each other in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import config
+from .descriptor import QueryRows, describe
+from .plan import Plan
+
+
+class Workspace:
+    """Buffers as large as the first chunk needs, which is the largest.
+
+    score_bits int32 [rows, pitch]: scores of blocks, then of candidates, as :func:`.keys.score_bits` says.
+    kept, kept_flag: the kept blocks, see :func:`.select.select_blocks_kernel`; none where every block is kept.
+    counts, rank, pairs, items: the pairs by block, see :mod:`.group`, where they are listed.
+    candidates, guess, column_counts: of rows too long for one program, see :mod:`.long_rows`.
+    packed: of rows sorted in tiles, see :func:`.finish.sort_tiles_kernel`.
+    wide, wide_rows, wide_desc: float8 queries in the means' dtype, where they are copied; see
+    :func:`.coarse.widen_queries_kernel`.
+    """
+
+    def __init__(self, plan: Plan, heads: int, dim: int, wide: torch.dtype | None, device: torch.device) -> None:
+        rows = plan.chunks[0].rows
+        lists = plan.chunks[0].batches * plan.blocks
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.score_bits = empty(rows, plan.pitch)
+        self.selected_count = empty(rows)
+        self.kept: dict[str, Tensor | None] = {"kept_ptr": None, "kept_count_ptr": None}
+        self.items: dict[str, Tensor | None] = {"items_ptr": None, "item_count_ptr": None, "offsets_ptr": None}
+        self.kept_flag: Tensor | None = None
+        self.counts: Tensor | None = None
+        self.rank: Tensor | None = None
+        self.pairs: Tensor | None = None
+        self.candidates: Tensor | None = None
+        self.guess: Tensor | None = None
+        self.column_counts: Tensor | None = None
+        self.packed: Tensor | None = None
+        self.wide: Tensor | None = None
+        self.wide_desc: Any = None
+        # Of this chunk alone, see _Call.weights_of.
+        self.weights: Tensor | None = None
+        if plan.prune:
+            self.kept = {"kept_ptr": empty(rows, plan.block_topk), "kept_count_ptr": empty(rows)}
+            self.kept_flag = empty(rows, plan.blocks, dtype=torch.int8)
+        if plan.pairs_listed:
+            self.rank = empty(rows, plan.block_topk)
+            self.pairs = empty(rows * plan.block_topk)
+            self.counts = empty(lists)
+            self.items = {
+                "items_ptr": empty(plan.most_items(plan.chunks[0]), 2),
+                "item_count_ptr": empty(1),
+                "offsets_ptr": empty(lists + 1),
+            }
+        if not plan.one_tile:
+            self.candidates = empty(rows, config.SELECT_TILE)
+            self.guess = empty(rows)
+            self.column_counts = empty(rows, 2, plan.segments)
+        if plan.merged:
+            self.packed = empty(rows, plan.sort_tiles * plan.sort_tile, dtype=torch.int64)
+        if wide is not None:
+            self.wide = empty(rows, heads, dim, dtype=wide)
+            self.wide_desc = describe(self.wide[:, None], QueryRows(rows * heads, heads, 0), plan.tiles)
