@@ -17,7 +17,7 @@ from .sizes import power_of_2
 # (block means, the last-valid table, bounds of segments, lists of pairs) and the least that a single row needs.
 WORKSPACE_BYTES = 58 * 2**20
 # Entries that one program sorts; longer rows are sorted in tiles of this size and merged.
-SORT_TILE = 4096
+SORT_TILE = 512
 # Rank keys that one program holds in registers while it selects.
 SELECT_TILE = 8192
 # Columns of a longer row that tell what its best are about, as long as the row has no more than LONG_COLUMNS: beyond
@@ -33,7 +33,7 @@ LIST_TILE = 64
 # Items of a list that are written at once.
 LIST_PARTS = 16
 # Pairs that one program sorts by block.
-PAIR_TILE = 512
+PAIR_TILE = 256
 # Most rows that go past one tile of vectors, so that the tile is read once for all of them.
 MOST_ROWS = 32
 # Fewer rows of a batch than this share too few blocks for a sort of the pairs to pay.

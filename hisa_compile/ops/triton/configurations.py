@@ -95,9 +95,9 @@ _ANYWHERE: Rows = {
     Shape("refine_by_block_hopper", 1, 256): Configuration(stages=2, maxnreg=168),
     Shape("refine_by_block_hopper", 2): Configuration(stages=2, maxnreg=168),
     Shape("by_block_groups"): Configuration(),
-    Shape("refine_by_row", 1): Configuration(stages=3),
-    Shape("refine_by_row", 2): Configuration(stages=2),
-    Shape("refine_by_row", 4): Configuration(stages=1),
+    Shape("refine_by_row", 1): Configuration(stages=3, programs=512),
+    Shape("refine_by_row", 2): Configuration(stages=2, programs=512),
+    Shape("refine_by_row", 4): Configuration(stages=1, programs=512),
     # One warp counts short rows without waiting for others.
     Shape("select_blocks"): Configuration(num_warps=8, maxnreg=128),
     Shape("select_blocks", width=512): Configuration(num_warps=1),
@@ -108,8 +108,6 @@ _ANYWHERE: Rows = {
     Shape("select_tokens", width=1024): Configuration(num_warps=4),
     Shape("select_tokens", width=2048): Configuration(num_warps=4),
     Shape("sort"): Configuration(num_warps=8),
-    Shape("sort", width=512): Configuration(num_warps=4),
-    Shape("sort", width=1024): Configuration(num_warps=4),
 }
 
 TABLE: dict[Architecture, Rows] = {

@@ -19,7 +19,7 @@ _RUN = tl.constexpr(128)
 _GUESSES = tl.constexpr(20)
 # From this step on the bracket is now and then drawn in to keys that there are: nothing else ends the search early
 # among equal keys, and a guess in a bracket that ends at an outlier is poor.
-_DRAWN_IN = tl.constexpr(8)
+_DRAWN_IN = tl.constexpr(12)
 
 
 @triton.jit
@@ -122,6 +122,17 @@ def load_keys(scores_ptr, column, first, past):
 
 
 @triton.jit
+def load_tile_keys(scores_ptr, base, first, past, TILE: tl.constexpr):
+    """:func:`load_keys` of the columns [base, base + TILE); a tile that is inside whole has nothing to compare."""
+    column = tile_columns(base, TILE)
+    if (first <= base) & (past - base >= TILE):
+        keys = stored_key(tl.load(scores_ptr + column))
+    else:
+        keys = load_keys(scores_ptr, column, first, past)
+    return keys
+
+
+@triton.jit
 def but(keys, column, first, last):
     """The keys without those of the two columns that are taken anyway."""
     return tl.where((column == first) | (column == last), HIDDEN_KEY, keys)
@@ -135,7 +146,7 @@ def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, TI
     low = wanted * 0 + 2147483647
     for base in range(first // TILE * TILE, past, TILE):
         column = tile_columns(base, TILE)
-        keys = but(load_keys(scores_ptr, column, first, past), column, skip_first, skip_last)
+        keys = but(load_tile_keys(scores_ptr, base, first, past, TILE), column, skip_first, skip_last)
         present = keys != HIDDEN_KEY
         at_low += how_many(present)
         high = tl.maximum(high, tl.max(keys, axis=None))
@@ -150,7 +161,7 @@ def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, TI
             most = low
             for base in range(first // TILE * TILE, past, TILE):
                 column = tile_columns(base, TILE)
-                keys = but(load_keys(scores_ptr, column, first, past), column, skip_first, skip_last)
+                keys = but(load_tile_keys(scores_ptr, base, first, past, TILE), column, skip_first, skip_last)
                 least = tl.minimum(least, tl.min(tl.where(keys < low, high, keys), axis=None))
                 most = tl.maximum(most, tl.max(tl.where(keys > high, low, keys), axis=None))
             low = least
@@ -159,7 +170,7 @@ def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, TI
         count = wanted * 0
         for base in range(first // TILE * TILE, past, TILE):
             column = tile_columns(base, TILE)
-            keys = but(load_keys(scores_ptr, column, first, past), column, skip_first, skip_last)
+            keys = but(load_tile_keys(scores_ptr, base, first, past, TILE), column, skip_first, skip_last)
             count += how_many(keys >= pivot)
         low, high, at_low, above_high = _narrowed(low, high, at_low, above_high, wanted, pivot, count)
         step += 1

@@ -302,7 +302,7 @@ class _Call:
             shape = {name: self.shape[name] for name in ("H", "D", "PADDED_H", "TILE_D", "FP8")}
             query = {name: self.query[name] for name in ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd")}
             at = {"first_row": chunk.first_row, "S": self.queries}
-            self.launch(widen_queries_kernel, chunk.rows, Launch(1, 8), **query, **at, **shape, wide_ptr=wide)
+            self.launch(widen_queries_kernel, chunk.rows, Launch(1, 4), **query, **at, **shape, wide_ptr=wide)
             rows, described = QueryRows(0, wide.shape[1], 0), self.space.wide_desc
         return self.described(rows, described) | {"OF_CHUNK": wide is not None}
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .keys import HIDDEN_KEY
-from .kth import before, how_many, kth_key, load_keys, store_columns, sum_counts, tile_columns
+from .kth import before, how_many, kth_key, load_keys, load_tile_keys, store_columns, sum_counts, tile_columns
 from .overlap import wait_for_kernel_before
 from .select import row_range
 
@@ -76,8 +76,7 @@ def count_candidates_kernel(
     reached = row * 0
     present = row * 0
     if (segment * TILE < past) & (segment * TILE > first - TILE):
-        column = tile_columns(segment * TILE, TILE)
-        keys = load_keys(token_scores_ptr + row.to(tl.int64) * pitch, column, first, past)
+        keys = load_tile_keys(token_scores_ptr + row.to(tl.int64) * pitch, segment * TILE, first, past, TILE)
         reached = how_many(keys >= tl.load(guess_ptr + row))
         present = how_many(keys != HIDDEN_KEY)
     counts_ptr += row.to(tl.int64) * 2 * segments + segment
@@ -107,8 +106,7 @@ def list_candidates_kernel(
         first, past = row_range(
             start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, kept_count_ptr, first_row, row, S, T, BLOCK_SIZE
         )
-        column = tile_columns(segment * TILE, TILE)
-        keys = load_keys(token_scores_ptr + row.to(tl.int64) * pitch, column, first, past)
+        keys = load_tile_keys(token_scores_ptr + row.to(tl.int64) * pitch, segment * TILE, first, past, TILE)
         reached = keys >= tl.load(guess_ptr + row)
         candidates_ptr += row.to(tl.int64) * TILE + sum_counts(counts_ptr, segment, STEP)
         store_columns(candidates_ptr, segment * TILE, before(reached.to(tl.int32)), reached, TILE)

@@ -85,8 +85,9 @@ class Plan:
         self.sort_tile = min(power_of_2(width), config.SORT_TILE)
         self.sort_tiles = cdiv(width, self.sort_tile)
         self.merged = sorted and self.sort_tiles > 1
-        # Scores of blocks are no longer needed when scores of tokens are made.
-        self.pitch = 16 * cdiv(max(self.columns, self.blocks if self.prune else 0), 16)
+        # Scores of blocks are no longer needed when scores of tokens are made, nor these when sorted tiles are.
+        packed = 2 * self.sort_tiles * self.sort_tile if self.merged else 0
+        self.pitch = 16 * cdiv(max(self.columns, self.blocks if self.prune else 0, packed), 16)
 
         row_bytes = 4 * self.pitch + 4 + 4 * heads
         if self.prune:
@@ -98,8 +99,6 @@ class Plan:
         if not self.one_tile:
             # Candidates, the guess, two counts a segment.
             row_bytes += 4 * config.SELECT_TILE + 4 + 8 * self.segments
-        if self.merged:
-            row_bytes += 8 * self.sort_tiles * self.sort_tile
         most = max(1, min(config.WORKSPACE_BYTES // row_bytes, _MOST_ROWS))
         self.chunks = list(chunks_of_rows(batch, queries, most))
 

@@ -16,6 +16,7 @@ from .kth import (
     kth_key,
     kth_key_in_memory,
     load_keys,
+    load_tile_keys,
     places,
     store_columns,
     store_selected,
@@ -147,7 +148,7 @@ def select_tokens_kernel(
 
     # Selected columns are first written where the positions will be: what comes after is done for these alone.
     if ONE_TILE:
-        keys = load_keys(token_scores_ptr, tile_columns(0, TILE), first, past)
+        keys = load_tile_keys(token_scores_ptr, 0, first, past, TILE)
         threshold, ties = kth_key(keys, K)
         selected, ties = store_selected(indices_ptr, 0, keys, threshold, ties, TILE)
     else:
@@ -166,7 +167,7 @@ def select_tokens_kernel(
         else:
             threshold, ties = kth_key_in_memory(K + row * 0, token_scores_ptr, first, past, -1, -1, TILE)
             for base in range(first // TILE * TILE, past, TILE):
-                keys = load_keys(token_scores_ptr, tile_columns(base, TILE), first, past)
+                keys = load_tile_keys(token_scores_ptr, base, first, past, TILE)
                 taken, ties = store_selected(indices_ptr + selected, base, keys, threshold, ties, TILE)
                 selected += taken
     tl.store(selected_count_ptr + row, selected)

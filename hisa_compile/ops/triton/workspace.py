@@ -19,7 +19,7 @@ class Workspace:
     kept, kept_flag: the kept blocks, see :func:`.select.select_blocks_kernel`; none where every block is kept.
     counts, rank, pairs, items: the pairs by block, see :mod:`.group`, where they are listed.
     candidates, guess, column_counts: of rows too long for one program, see :mod:`.long_rows`.
-    packed: of rows sorted in tiles, see :func:`.finish.sort_tiles_kernel`.
+    packed: of rows sorted in tiles, see :func:`.finish.sort_tiles_kernel`, in the place of score_bits.
     wide, wide_rows, wide_desc: float8 queries in the means' dtype, where they are copied; see
     :func:`.coarse.widen_queries_kernel`.
     """
@@ -64,7 +64,7 @@ class Workspace:
             self.guess = empty(rows)
             self.column_counts = empty(rows, 2, plan.segments)
         if plan.merged:
-            self.packed = empty(rows, plan.sort_tiles * plan.sort_tile, dtype=torch.int64)
+            self.packed = self.score_bits.view(-1).view(torch.int64)
         if wide is not None:
             self.wide = empty(rows, heads, dim, dtype=wide)
             self.wide_desc = describe(self.wide[:, None], QueryRows(rows * heads, heads, 0), plan.tiles)
