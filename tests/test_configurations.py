@@ -108,7 +108,7 @@ def test_rows_of_the_field() -> None:
             assert config.select_launch("select_blocks", columns, architecture)[1:3] == expected
         for columns in (2049, 8192, 65536):
             assert config.select_launch("select_tokens", columns, architecture)[1:3] == (8, 80)
-        assert [config.sort_launch(2**n, architecture).num_warps for n in (0, 10, 11, 12)] == [4, 4, 8, 8]
+        assert [config.sort_launch(2**n, architecture).num_warps for n in (0, 9, 11, 12)] == [8, 8, 8, 8]
 
 
 def test_the_narrowest_class_wins_and_the_architecture_before_the_default(table: dict[Any, Any]) -> None:
@@ -133,10 +133,11 @@ def test_groups_of_the_table_come_before_the_constants(table: dict[Any, Any], mo
     monkeypatch.setattr(config, "MOST_ROWS", 2)
     monkeypatch.setattr(config, "MANY_PROGRAMS", 1)
     monkeypatch.setattr(config, "MANY_COARSE_PROGRAMS", 3)
+    monkeypatch.setattr(config, "MANY_ROW_PROGRAMS", 5)
     found = launches(FP8, 64, 128, 90)
     assert found["coarse"][3:] == (2, 3)
     assert found["by_block"][3:] == found["hopper"][3:] == (2, 1)
-    assert found["by_row"].programs == 1
+    assert found["by_row"].programs == 5
     table[90][Shape("by_block_groups", 1, 64, 128)] = Configuration(most_rows=16, programs=64)
     found = launches(FP8, 64, 128, 90)
     assert found["by_block"][3:] == found["hopper"][3:] == (16, 64)
@@ -206,7 +207,7 @@ def test_rows_of_a_file_lie_over_the_table(table: dict[Any, Any], tmp_path: Path
     assert found.pop("coarse") == config.Launch(3, 4, None, 16, 320)
     assert before.pop("coarse") == launches(FP8, 64, 128, 80)["coarse"] == launches(FP8, 64, 64, 90)["coarse"]
     assert found == before
-    assert [config.sort_launch(n, 90).num_warps for n in (1024, 2048, 4096)] == [4, 16, 8]
+    assert [config.sort_launch(n, 90).num_warps for n in (1024, 2048, 4096)] == [8, 16, 8]
     configurations.load(write(tmp_path / "b.json", COARSE, architecture="gfx942"))
     assert launches(torch.bfloat16, 8, 32, "gfx942")["coarse"].stages == 3
 

@@ -241,6 +241,7 @@ def small_tiles(workspace: int = 1) -> Iterator[None]:
         "FEW_ROWS": 1,
         "FEW_PAIRS": 0,
         "MANY_PROGRAMS": 1,
+        "MANY_ROW_PROGRAMS": 1,
         "MANY_COARSE_PROGRAMS": 1,
         "EMIT_TILE": 4,
         "LIST_TILE": 2,

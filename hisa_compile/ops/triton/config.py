@@ -42,6 +42,8 @@ FEW_ROWS = 16
 FEW_PAIRS = 2
 # Programs that fill any GPU a few times: with fewer, the work is cut finer.
 MANY_PROGRAMS = 2048
+# Programs that read keys past one query wait for memory alone, four to a multiprocessor.
+MANY_ROW_PROGRAMS = 512
 # A tile of means is read for fewer rows than that of a block's keys: it pays to wait for more of them.
 MANY_COARSE_PROGRAMS = 640
 # On sm_90 about as many as run at once, three on each of 132 multiprocessors: they are long enough.
@@ -117,7 +119,7 @@ def by_block_launch(
 
 def by_row_launch(tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture) -> Launch:
     row = lookup(_shape("refine_by_row", tiles, dtype, dim), architecture)
-    return Launch(row.stages, tiles.num_warps, row.maxnreg, programs=row.programs or MANY_PROGRAMS)
+    return Launch(row.stages, tiles.num_warps, row.maxnreg, programs=row.programs or MANY_ROW_PROGRAMS)
 
 
 def _wide_launch(kernel: str, entries: int, architecture: Architecture) -> Launch:

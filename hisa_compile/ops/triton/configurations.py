@@ -71,7 +71,8 @@ class Configuration(NamedTuple):
     num_warps: warps of a program.
     most_rows: rows that go past one tile at most, a power of 2; None is :data:`.config.MOST_ROWS`.
     programs: work is cut into no larger parts than leave so many programs; None is :data:`.config.MANY_PROGRAMS`, for
-        the coarse stage :data:`.config.MANY_COARSE_PROGRAMS` or :data:`.config.MANY_COARSE_HOPPER_PROGRAMS`.
+        the coarse stage :data:`.config.MANY_COARSE_PROGRAMS` or :data:`.config.MANY_COARSE_HOPPER_PROGRAMS`, for
+        refine_by_row :data:`.config.MANY_ROW_PROGRAMS`.
     """
 
     stages: int = 1
@@ -95,9 +96,9 @@ _ANYWHERE: Rows = {
     Shape("refine_by_block_hopper", 1, 256): Configuration(stages=2, maxnreg=168),
     Shape("refine_by_block_hopper", 2): Configuration(stages=2, maxnreg=168),
     Shape("by_block_groups"): Configuration(),
-    Shape("refine_by_row", 1): Configuration(stages=3, programs=512),
-    Shape("refine_by_row", 2): Configuration(stages=2, programs=512),
-    Shape("refine_by_row", 4): Configuration(stages=1, programs=512),
+    Shape("refine_by_row", 1): Configuration(stages=3),
+    Shape("refine_by_row", 2): Configuration(stages=2),
+    Shape("refine_by_row", 4): Configuration(stages=1),
     # One warp counts short rows without waiting for others.
     Shape("select_blocks"): Configuration(num_warps=8, maxnreg=128),
     Shape("select_blocks", width=512): Configuration(num_warps=1),
