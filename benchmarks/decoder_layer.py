@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,21 +119,7 @@ def cells(row: dict[str, Found]) -> list[str]:
     return made
 
 
-def main() -> None:
-    made = parser(__doc__)
-    made.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(11, 17)])
-    options = made.parse_args()
-    model = build("cuda")
-    torch.cuda.empty_cache()  # the weights in float32, before they were cast
-    weights = sum(x.numel() * x.element_size() for x in model.parameters()) / 2**30
-    rows: Rows = {length: {} for length in sorted(options.lengths)}
-    for length, row in rows.items():
-        for name, backend in VARIANTS.items():
-            smaller = [rows[other][name] for other in rows if other < length]
-            row[name] = attempt_growing(smaller, lambda at=length, by=backend: measure(model, at, by))
-            progress(length, name, row[name])
-
-    asked = command("decoder_layer", made, options)
+def report(rows: Rows, asked: str, weights: float, out: Path | None) -> None:
     found_goals = goals(rows)
     head = ["tokens"] + [f"{name}, {unit}" for unit in ("ms", "GiB") for name in (*VARIANTS, "ratio")]
     parts = [
@@ -150,7 +137,25 @@ def main() -> None:
         "lengths": {str(length): row for length, row in rows.items()},
         "goals": raw_goals(found_goals),
     }
-    write(options.out, parts, raw)
+    write(out, parts, raw)
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(11, 17)])
+    options = made.parse_args()
+    model = build("cuda")
+    torch.cuda.empty_cache()  # the weights in float32, before they were cast
+    weights = sum(x.numel() * x.element_size() for x in model.parameters()) / 2**30
+    rows: Rows = {length: {} for length in sorted(options.lengths)}
+    for length, row in rows.items():
+        for name, backend in VARIANTS.items():
+            smaller = [rows[other][name] for other in rows if other < length]
+            row[name] = attempt_growing(smaller, lambda at=length, by=backend: measure(model, at, by))
+            progress(length, name, row[name])
+        # Some lengths take minutes: what is there is kept if a later one never ends.
+        done = {at: found for at, found in rows.items() if at <= length}
+        report(done, command("decoder_layer", made, options), weights, options.out)
 
 
 if __name__ == "__main__":
