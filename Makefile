@@ -15,13 +15,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.hisa_compile-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow check fidelity clean
 
 help:
 	@echo "make demo   install into $(VENV), then compile a small DeepSeek-V3.2 with HISA (examples/quickstart.py)"
 	@echo "make test   install into $(VENV), then run the test suite (GPU tests skip without a GPU)"
 	@echo "make test-slow  every model and case, ten thousand programs, a sweep: several hours on 2 cores"
 	@echo "make check  install into $(VENV), then run ruff and mypy"
+	@echo "make fidelity  what HISA costs a real model: fetches one and long texts (150 MB), measures, draws"
 	@echo "make clean  remove $(VENV) and what the tools left behind"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_ARGS='$(PYTEST_ARGS)'"
 
@@ -43,6 +44,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fidelity: $(INSTALLED)
+	@echo "== selection quality on a real model: minutes on a GPU, hours on 2 cores"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[fidelity]'
+	$(BIN)/python -m benchmarks.fidelity
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

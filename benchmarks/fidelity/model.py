@@ -1,0 +1,129 @@
+"""SmolLM2-135M from its GGUF file in transformers' Llama, with an attention that can be looked into or replaced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from . import sources
+
+LAYERS, HEADS, GROUPS, DIM, HIDDEN = 30, 9, 3, 64, 576
+NATIVE_LENGTH = 8192
+
+# (layer, q [B, heads, S, D], k [B, groups, T, D], v [B, groups, T, D], scaling) -> [B, heads, S, D]; q and k rotated.
+Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+_NAME = "hisa_fidelity"
+_attention: Attention | None = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention [B, heads, S, D]; mask bool [.., S, T], None for a causal one of as many queries as keys."""
+    return nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+    )
+
+
+def causal(layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Dense attention, what the model was trained with; the queries are the last tokens."""
+    queries, tokens = q.shape[2], k.shape[2]
+    mask = None
+    if queries != tokens:
+        position = torch.arange(tokens - queries, tokens, device=q.device)
+        mask = torch.arange(tokens, device=q.device) <= position[:, None]
+    return attend(q, k, v, mask, scaling)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    out = (_attention or causal)(module.layer_idx, query, key, value, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
+
+
+@contextlib.contextmanager
+def attention(replacement: Attention) -> Iterator[None]:
+    """Inside it, models of :func:`load` attend by ``replacement``."""
+    global _attention
+    before, _attention = _attention, replacement
+    try:
+        yield
+    finally:
+        _attention = before
+
+
+def _rows_as_transformers_has_them(weight: Tensor, heads: int) -> Tensor:
+    """GGUF interleaves the two halves of a head that rotary embedding turns; transformers has one after the other."""
+    out, inside = weight.shape
+    return weight.view(heads, out // heads // 2, 2, inside).transpose(1, 2).reshape(out, inside)
+
+
+def _state(path: str) -> dict[str, Tensor]:
+    # Who tests the harness without a model does not need it.
+    from gguf import GGUFReader, dequantize
+
+    names = {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    state = {}
+    for tensor in GGUFReader(path).tensors:
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        first, _, rest = tensor.name.partition(".")
+        if first == "blk":
+            layer, part, _ = rest.split(".")
+            if part in ("attn_q", "attn_k"):
+                weight = _rows_as_transformers_has_them(weight, HEADS if part == "attn_q" else GROUPS)
+            state[f"model.layers.{layer}.{names[part]}.weight"] = weight
+        elif first == "token_embd":
+            state["model.embed_tokens.weight"] = state["lm_head.weight"] = weight
+        elif first == "output_norm":
+            state["model.norm.weight"] = weight
+    return state
+
+
+def load(device: str = "cpu", stretch: float = 1.0) -> transformers.LlamaForCausalLM:
+    """The model in float32.  ``stretch``: positions are divided by it (linear interpolation), for longer contexts."""
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=HIDDEN,
+        intermediate_size=1536,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS,
+        max_position_embeddings=int(NATIVE_LENGTH * stretch),
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "linear", "factor": stretch, "rope_theta": 1e5}
+        if stretch != 1.0
+        else {"rope_type": "default", "rope_theta": 1e5},
+        attn_implementation=_NAME,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model.to_empty(device="cpu")
+    model.load_state_dict(_state(str(sources.weights_file())), assign=True, strict=True)
+    # Frequencies of the rotary embedding are no part of the state.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.tie_weights()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def tokenizer() -> Any:
+    path = sources.weights_file()
+    return transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)

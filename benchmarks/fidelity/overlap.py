@@ -1,0 +1,193 @@
+"""Overlap with the flat selection, and the attention that is lost: every option, by compression, layer and head.
+
+    python -m benchmarks.fidelity.overlap [--documents 6] [--queries 48] [--ratios 2 4 8 16] [--out results]
+
+Contexts of 8192 tokens, queries drawn from the second half; the paper's blocks of 128 at 64K are scaled to 64 here.  At
+a compression M:m a query's candidates are a share m/M of the context, and k is a fourth of them, as the paper has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import capture, distil, model
+from .indexers import Distilled, load_distilled
+from .measures import Loss, Summary, attention, loss, summary
+from .selections import OPTIONS, Scored, block_sparse, flat, random, recent, scored
+
+BLOCK = 64
+KEEP_OF_CANDIDATES = 4
+# Of an indexer whose cost the tables tell, DeepSeek-V3.2's: a product here is one vector with all of them.
+HEADS = 64
+
+Method = Callable[[Scored, int, int], Tensor]
+
+
+class Indexed(NamedTuple):
+    """One indexer over one document."""
+
+    kind: str  # "centred", "distilled" or "gaussian"
+    layer: int
+    head: int
+    scored: Scored
+    attended: Tensor
+
+
+def methods() -> dict[str, Method]:
+    """By name: (scored, candidates, topk) -> bool [N, T]."""
+    made: dict[str, Method] = {
+        option.name: lambda of, candidates, topk, by=option: by.select(of, BLOCK, candidates, topk)
+        for option in OPTIONS
+    }
+    made["block-sparse"] = lambda of, candidates, topk: block_sparse(of, BLOCK, topk)
+    made["recent tokens"] = lambda of, candidates, topk: recent(of, topk)
+    made["random tokens"] = lambda of, candidates, topk: random(of, topk)
+    return made
+
+
+def of_layer(
+    layer: capture.Layer, positions: Tensor, means: Tensor, indexers: list[Distilled] | None
+) -> Iterator[Indexed]:
+    groups = []
+    for head, (of, q) in enumerate(capture.centred(layer, positions, means)):
+        attended = attention(q, layer.k[head], positions)
+        groups.append(attended)
+        yield Indexed("centred", layer.number, head, of, attended)
+    if indexers is not None:
+        of = capture.distilled(layer, positions, indexers)
+        yield Indexed("distilled", layer.number, 0, of, torch.stack(groups).mean(0))
+
+
+def gaussian(tokens: int, queries: int) -> Indexed:
+    """Keys and queries without structure: what says nothing about a model."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(queries, 8, model.DIM, generator=generator)
+    k = torch.randn(tokens, model.DIM, generator=generator)
+    w = torch.randn(queries, 8, generator=generator)
+    positions = torch.linspace(tokens // 2, tokens - 1, queries).long()
+    return Indexed("gaussian", 0, 0, scored(q, k, w, positions), attention(q, k, positions))
+
+
+Found = dict[tuple[str, int, str], list[tuple[int, int, Loss]]]
+
+
+def compare(found: Found, indexed: Indexed, ratios: list[int]) -> None:
+    """Add every method's losses, by kind of indexer, compression and method."""
+    tokens = len(indexed.scored.k)
+    for ratio in ratios:
+        candidates = tokens // ratio
+        topk = candidates // KEEP_OF_CANDIDATES
+        reference = flat(indexed.scored, topk)
+        for name, method in methods().items():
+            lost = loss(method(indexed.scored, candidates, topk), reference, indexed.attended)
+            found[indexed.kind, ratio, name].append((indexed.layer, indexed.head, lost))
+
+
+class Setting(NamedTuple):
+    """The model, and what indexers are made of; indexers: None where none have been trained."""
+
+    lm: Any
+    tokenizer: Any
+    means: Tensor
+    indexers: list[Distilled] | None
+    device: str
+
+    def read(self, which: Sequence[tuple[str, int, int]], length: int) -> list[Tensor]:
+        return [capture.document(self.tokenizer, *each, length).to(self.device) for each in which]
+
+
+def setting(device: str) -> Setting:
+    lm, tokenizer = model.load(device), model.tokenizer()
+    trained = distil.default_path()
+    indexers = load_distilled(trained, device) if trained.exists() else None
+    if indexers is None:
+        print(f"no distilled indexers: {trained} is missing, python -m benchmarks.fidelity.distil makes it", flush=True)
+    at = Setting(lm, tokenizer, torch.empty(0), indexers, device)
+    # One document of prose and one of code.
+    others = at.read(capture.OTHERS[:1] + capture.OTHERS[3:4], model.NATIVE_LENGTH)
+    return at._replace(means=capture.mean_keys(lm, others))
+
+
+def measure(at: Setting, documents: list[Tensor], queries: int, ratios: list[int]) -> Found:
+    found: Found = defaultdict(list)
+    for number, ids in enumerate(documents):
+        tokens = ids.shape[1]
+        generator = torch.Generator().manual_seed(number)
+        drawn = torch.randperm(tokens // 2, generator=generator)[:queries] + tokens // 2
+        positions = drawn.sort().values.to(ids.device)
+
+        def visit(layer: capture.Layer, positions: Tensor = positions) -> None:
+            for indexed in of_layer(layer, positions, at.means, at.indexers):
+                compare(found, indexed, ratios)
+
+        capture.look(at.lm, ids, visit)
+        print(f"document {number + 1} of {len(documents)}", flush=True)
+    compare(found, gaussian(documents[0].shape[1], queries), ratios)
+    return found
+
+
+def summaries(found: Found) -> dict[tuple[str, int, str], Summary]:
+    return {at: summary([lost for *_, lost in losses]) for at, losses in found.items()}
+
+
+def by_layer(losses: list[tuple[int, int, Loss]]) -> list[float]:
+    """Mean IoU of each layer's queries."""
+    layers = sorted({layer for layer, *_ in losses})
+    return [summary([lost for at, _, lost in losses if at == layer]).iou for layer in layers]
+
+
+def tables(found: dict[tuple[str, int, str], Summary], tokens: int) -> str:
+    """Markdown, a table a kind of indexer and compression."""
+    dots = {option.name: option.dots for option in OPTIONS}
+    lines = []
+    for kind in dict.fromkeys(at[0] for at in found):
+        for ratio in dict.fromkeys(at[1] for at in found if at[0] == kind):
+            lines += [f"### {kind}, {ratio}:1", ""]
+            lines += ["| coarse stage | its products | IoU | worst 5 % | found | mass | lost |", "|" + " --- |" * 7]
+            for name in [at[2] for at in found if at[:2] == (kind, ratio)]:
+                of = found[kind, ratio, name]
+                cost = f"{dots[name](tokens, HEADS, BLOCK, tokens // ratio):.0f}" if name in dots else ""
+                numbers = (of.iou, of.worst_iou, of.found, of.mass, of.lost)
+                lines.append(f"| {name} | {cost} | " + " | ".join(f"{x:.3f}" for x in numbers) + " |")
+            flat_mass = next(of.flat_mass for at, of in found.items() if at[:2] == (kind, ratio))
+            lines += ["", f"The flat selection holds {flat_mass:.3f} of the attention.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=len(capture.MEASURED))
+    parser.add_argument("--length", type=int, default=model.NATIVE_LENGTH)
+    parser.add_argument("--queries", type=int, default=48)
+    parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    at = setting(options.device)
+    # Prose and code in turns, however many there are.
+    half = len(capture.MEASURED) // 2
+    order = [each for pair in zip(capture.MEASURED[:half], capture.MEASURED[half:], strict=True) for each in pair]
+    found = measure(at, at.read(order[: options.documents], options.length), options.queries, options.ratios)
+    summed = summaries(found)
+    text = tables(summed, options.length)
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "overlap.md").write_text(text)
+        raw = [
+            {"indexer": at[0], "ratio": at[1], "method": at[2], **of._asdict(), "by_layer": by_layer(found[at])}
+            for at, of in summed.items()
+        ]
+        (options.out / "overlap.json").write_text(json.dumps(raw, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Which tokens a query keeps: flat, HISA with its coarse stages, and baselines, in plain PyTorch to be read.
+
+This is where coarse stages are tried before they become part of the operator: everything is written out for one
+indexer, its queries as rows, the whole matrix of scores in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import leaky_relu
+
+NEVER = -torch.inf
+SLOPE = 1 / 64
+
+
+class Scored(NamedTuple):
+    """Some queries of one indexer.
+
+    q [N, H, D], k [T, D], w [N, H]; positions [N]: what each query sees is the tokens [0, position].
+    scores [N, T]: sum over heads of w * relu(q . k), ``NEVER`` for what is not seen.
+    """
+
+    q: Tensor
+    k: Tensor
+    w: Tensor
+    positions: Tensor
+    scores: Tensor
+
+
+def seen(positions: Tensor, tokens: int) -> Tensor:
+    return torch.arange(tokens, device=positions.device) <= positions[:, None]
+
+
+def relu_scores(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    """[N, vectors]; q [N, H, D], k [vectors, D], w [N, H]."""
+    return torch.einsum("nhv,nh->nv", torch.einsum("nhd,vd->nhv", q, k).relu(), w)
+
+
+def scored(q: Tensor, k: Tensor, w: Tensor, positions: Tensor) -> Scored:
+    scores = relu_scores(q, k, w).masked_fill(~seen(positions, len(k)), NEVER)
+    return Scored(q, k, w, positions, scores)
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Of each row the ``count`` greatest that are not ``NEVER``, as bool [N, ..]."""
+    index = scores.topk(min(count, scores.shape[1]), dim=1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, index, True) & (scores != NEVER)
+
+
+def flat(of: Scored, topk: int) -> Tensor:
+    return best(of.scores, topk)
+
+
+# ---- coarse stages ---------------------------------------------------------------------------------------------
+
+# (what is scored, tokens of a block, candidates, selected tokens) -> [N, blocks], the greater the better.
+Coarse = Callable[[Scored, int, int], Tensor]
+
+
+def in_blocks(x: Tensor, block: int) -> Tensor:
+    """[T, ..] -> [blocks, block, ..]; T is a multiple of the block here."""
+    return x.unflatten(0, (len(x) // block, block))
+
+
+def by_mean(of: Scored, block: int, topk: int) -> Tensor:
+    """The paper's: the score of a block's mean key."""
+    return relu_scores(of.q, in_blocks(of.k, block).mean(1), of.w)
+
+
+def by_spread(of: Scored, block: int, topk: int, *, sigmas: float = 1.0) -> Tensor:
+    """Each head's product with the mean key, ``sigmas`` of its spread in the block further in the weight's direction.
+
+    The spread is that of keys whose dimensions are independent: a second mean key, of squares, and a second product.
+    """
+    keys = in_blocks(of.k, block)
+    products = torch.einsum("nhd,bd->nhb", of.q, keys.mean(1))
+    spread = torch.einsum("nhd,bd->nhb", of.q.square(), keys.var(1, unbiased=False)).sqrt()
+    shifted = products + sigmas * spread * of.w.sign()[..., None]
+    return torch.einsum("nhb,nh->nb", shifted.relu(), of.w)
+
+
+def probe(of: Scored) -> Tensor:
+    """Every token's score as two heads see it: the heads of positive weight as one, and those of negative weight.
+
+    relu(q+ . k) - relu(q- . k), q+ the sum of w_h q_h where w_h > 0, q- that of -w_h q_h where w_h < 0: two products a
+    token instead of H.  Below zero a little is left of both, since ties would say nothing.
+    """
+    plus, minus = ((of.q * part[..., None]).sum(1) for part in (of.w.relu(), (-of.w).relu()))
+    probed = leaky_relu(plus @ of.k.T, SLOPE) - leaky_relu(minus @ of.k.T, SLOPE)
+    return probed.masked_fill(~seen(of.positions, len(of.k)), NEVER)
+
+
+def pooled(tokens: Tensor, block: int, topk: int, how: str) -> Tensor:
+    """Scores of blocks from scores of their tokens: how much of each is above that of the ``topk``-th token.
+
+    "max": the greatest token's.  "sum": what is above, added up.  "root": square roots of that, added up, which is
+    between the sum and the number of such tokens.  Blocks with none above follow by their greatest.
+    """
+    by_block = tokens.unflatten(1, (tokens.shape[1] // block, block))
+    greatest = by_block.amax(2)
+    if how == "max":
+        return greatest
+    threshold = tokens.topk(min(topk, tokens.shape[1]), dim=1).values[:, -1, None, None]
+    above = (by_block - threshold).relu()
+    summed = above.sum(2) if how == "sum" else above.sqrt().sum(2)
+    behind = greatest - threshold[..., 0]
+    return torch.where(summed > 0, summed, behind.clamp_max(0.0))
+
+
+def by_probe(of: Scored, block: int, topk: int, *, how: str = "root") -> Tensor:
+    return pooled(probe(of), block, topk, how)
+
+
+def by_token(of: Scored, block: int, topk: int, *, how: str = "root") -> Tensor:
+    """What the probe approximates: the tokens' own scores.  No coarse stage, a bound of what one can know."""
+    return pooled(of.scores, block, topk, how)
+
+
+def kept_blocks(block_scores: Tensor, positions: Tensor, block: int, count: int) -> Tensor:
+    """bool [N, blocks]: the ``count`` best of the blocks that hold a token that is seen, the first and last always."""
+    number = torch.arange(block_scores.shape[1], device=positions.device)
+    last = positions // block
+    scores = block_scores.masked_fill(number > last[:, None], NEVER)
+    scores = scores.masked_fill((number == 0) | (number == last[:, None]), torch.inf)
+    return best(scores, count)
+
+
+def tokens_of(blocks: Tensor, block: int) -> Tensor:
+    return blocks.repeat_interleave(block, dim=1)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to find candidates.
+
+    name: in tables.  coarse: scores of blocks.  finer: how many times smaller blocks are than the paper's setting has
+    them.  first: blocks of the paper's size that the mean keeps before, as a multiple of the candidates; 0 for none.
+    dots: products with a head that the coarse stage makes for a query, as a function of (tokens, heads, block of the
+    paper's size, candidates).
+    """
+
+    name: str
+    coarse: Coarse
+    finer: int = 1
+    first: int = 0
+    vectors: Callable[[int, int], float] = lambda block, heads: 1 / block
+
+    def candidates(self, of: Scored, block: int, candidates: int, topk: int) -> Tensor:
+        """bool [N, T]: at most ``candidates`` tokens, whole blocks of ``block / finer``."""
+        fine = block // self.finer
+        scores = self.coarse(of, fine, topk)
+        if self.first:
+            before = kept_blocks(by_mean(of, block, topk), of.positions, block, self.first * candidates // block)
+            scores = scores.masked_fill(~before.repeat_interleave(self.finer, dim=1), NEVER)
+        return tokens_of(kept_blocks(scores, of.positions, fine, candidates // fine), fine)
+
+    def select(self, of: Scored, block: int, candidates: int, topk: int) -> Tensor:
+        """bool [N, T]: the best ``topk`` of the candidates."""
+        kept = self.candidates(of, block, candidates, topk)
+        return best(of.scores.masked_fill(~kept, NEVER), topk)
+
+    def dots(self, tokens: int, heads: int, block: int, candidates: int) -> float:
+        """Products of one head with one vector, over H, that the coarse stage makes for a query."""
+        fine = block // self.finer
+        behind = min(tokens, self.first * candidates) if self.first else tokens
+        return behind * self.vectors(fine, heads) + (tokens / block if self.first else 0)
+
+
+def _mean(block: int, heads: int) -> float:
+    return 1 / block
+
+
+def _spread(block: int, heads: int) -> float:
+    return 2 / block
+
+
+def _probe(block: int, heads: int) -> float:
+    return 2 / heads
+
+
+PAPER = Option("paper: one mean", by_mean)
+OPTIONS = (
+    PAPER,
+    Option("mean, blocks of B/2", by_mean, 2, 0, _mean),
+    Option("mean, blocks of B/4", by_mean, 4, 0, _mean),
+    Option("mean + spread", by_spread, 1, 0, _spread),
+    Option("mean + spread, B/4", by_spread, 4, 0, _spread),
+    Option("two levels, mean, 2m then B/4", by_mean, 4, 2, _mean),
+    Option("two levels, spread, 2m then B/4", by_spread, 4, 2, _spread),
+    Option("probe, greatest", functools.partial(by_probe, how="max"), 1, 0, _probe),
+    Option("probe, sum", functools.partial(by_probe, how="sum"), 1, 0, _probe),
+    Option("probe", by_probe, 1, 0, _probe),
+    Option("probe, B/2", by_probe, 2, 0, _probe),
+    Option("probe, B/4", by_probe, 4, 0, _probe),
+    Option("two levels, 2m then probe, B/2", by_probe, 2, 2, _probe),
+    Option("two levels, 2m then probe, B/4", by_probe, 4, 2, _probe),
+    Option("two levels, 4m then probe, B/4", by_probe, 4, 4, _probe),
+    Option("bound: tokens' own scores", by_token, 1, 0, lambda block, heads: 1.0),
+    Option("bound: tokens' own scores, B/4", by_token, 4, 0, lambda block, heads: 1.0),
+)
+
+
+# ---- baselines -------------------------------------------------------------------------------------------------
+
+
+def block_sparse(of: Scored, block: int, topk: int) -> Tensor:
+    """Whole blocks by their mean, ``topk`` tokens in all, no second stage."""
+    kept = kept_blocks(by_mean(of, block, topk), of.positions, block, max(2, topk // block))
+    return tokens_of(kept, block) & seen(of.positions, len(of.k))
+
+
+def recent(of: Scored, topk: int) -> Tensor:
+    """The last tokens, after the first four."""
+    token = torch.arange(len(of.k), device=of.positions.device)
+    return ((token > of.positions[:, None] - (topk - 4)) | (token < 4)) & seen(of.positions, len(of.k))
+
+
+def random(of: Scored, topk: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(of.scores.shape, generator=generator).to(of.scores.device)
+    return best(drawn.masked_fill(~seen(of.positions, len(of.k)), NEVER), topk)

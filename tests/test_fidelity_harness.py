@@ -1,0 +1,177 @@
+"""The parts of benchmarks/fidelity that need no model: selections against the operator, measures with known values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hisa_compile
+from benchmarks.fidelity import capture, measures, needles
+from benchmarks.fidelity.indexers import Distilled, rotate, train_step
+from benchmarks.fidelity.overlap import gaussian, methods
+from benchmarks.fidelity.selections import OPTIONS, PAPER, Scored, flat, kept_blocks, pooled, probe, scored
+
+
+def drawn(seed: int, queries: int = 7, tokens: int = 256, heads: int = 3, dim: int = 8) -> Scored:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(queries, heads, dim, generator=generator)
+    k = torch.randn(tokens, dim, generator=generator)
+    w = torch.randn(queries, heads, generator=generator)
+    return scored(q, k, w, torch.randint(0, tokens, (queries,), generator=generator))
+
+
+def chosen(of: Scored, topk: int, **budget: int) -> torch.Tensor:
+    """The operator's selection as bool [N, T]."""
+    ends = of.positions[None].int() + 1
+    index, scores = hisa_compile.indexer_topk(of.q[None], of.k[None], of.w[None], topk, window_end=ends, **budget)
+    taken = torch.zeros(of.scores.shape, dtype=torch.bool)
+    return taken.scatter_(1, index[0].long(), scores[0] > -torch.inf)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_papers_option_and_flat_are_the_operators(seed: int) -> None:
+    # So many heads that no score is 0: the order of equal ones is the operator's affair.
+    of = drawn(seed, heads=16)
+    of = scored(of.q, of.k, of.w, 128 + of.positions // 2)
+    assert torch.equal(PAPER.select(of, 16, 64, 24), chosen(of, 24, block_size=16, block_topk=4))
+    assert torch.equal(flat(of, 24), chosen(of, 24, block_size=16, block_topk=16))
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+@pytest.mark.parametrize("seed", range(2))
+def test_every_option_keeps_to_its_budget_and_the_ends(option: object, seed: int) -> None:
+    assert isinstance(option, type(PAPER))
+    of = drawn(seed)
+    kept = option.candidates(of, 16, 64, 24)
+    assert (kept.sum(1) <= 64).all()
+    fine = 16 // option.finer
+    last = of.positions // fine * fine
+    assert kept[:, :fine].all(), "the first block"
+    assert kept.gather(1, last[:, None]).all(), "the block of the query"
+    selected = option.select(of, 16, 64, 24)
+    assert not (selected & (of.scores == -torch.inf)).any()
+    # Where all blocks fit nothing is lost.
+    few = of._replace(positions=of.positions.clamp_max(63))
+    few = scored(few.q, few.k, few.w, few.positions)
+    assert torch.equal(option.select(few, 16, 64, 24), flat(few, 24))
+
+
+def test_a_probe_of_one_head_is_its_score() -> None:
+    of = drawn(0, heads=1)
+    positive = of._replace(w=of.w.abs())
+    found, real = probe(positive), scored(positive.q, positive.k, positive.w, positive.positions).scores
+    assert torch.allclose(found[real > 0], real[real > 0])
+    assert (found[real == 0] <= 0).all()
+    negative = of._replace(w=-of.w.abs())
+    below = scored(negative.q, negative.k, negative.w, negative.positions).scores
+    assert torch.allclose(probe(negative)[(below < 0) & below.isfinite()], below[(below < 0) & below.isfinite()])
+
+
+def test_pools_of_known_scores() -> None:
+    """Two tokens are to be selected: the second greatest, 3, is the threshold."""
+    tokens = torch.tensor([[1.0, 12.0, 3.0, 2.0, 2.5, 0.0, -1.0, -2.0]])
+    assert pooled(tokens, 2, 2, "max").tolist() == [[12.0, 3.0, 2.5, -1.0]]
+    assert pooled(tokens, 2, 2, "sum").tolist() == [[9.0, 0.0, -0.5, -4.0]]
+    assert pooled(tokens, 2, 2, "root").tolist() == [[3.0, 0.0, -0.5, -4.0]]
+
+
+def test_the_first_and_last_block_are_kept_and_none_behind() -> None:
+    scores = torch.tensor([[0.0, 5.0, 9.0, 1.0, 7.0]])
+    assert kept_blocks(scores, torch.tensor([13]), 4, 3).tolist() == [[True, False, True, True, False]]
+
+
+def test_measures_of_known_selections() -> None:
+    reference = torch.tensor([[True, True, False, False], [True, False, False, True]])
+    selected = torch.tensor([[True, False, True, False], [True, False, False, True]])
+    attended = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    lost = measures.loss(selected, reference, attended)
+    assert lost.iou.tolist() == pytest.approx([1 / 3, 1.0])
+    assert lost.found.tolist() == [0.5, 1.0]
+    assert lost.mass.tolist() == pytest.approx([0.6, 0.5])
+    assert lost.flat_mass.tolist() == pytest.approx([0.8, 0.5])
+    whole = measures.summary([lost])
+    assert whole.iou == pytest.approx(2 / 3)
+    assert whole.worst_iou == pytest.approx(1 / 3)
+    assert whole.lost == pytest.approx(0.1)
+
+
+def test_attention_is_the_models() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k = torch.randn(3, 2, 8, generator=generator), torch.randn(5, 8, generator=generator)
+    positions = torch.tensor([0, 2, 4])
+    found = measures.attention(q, k, positions)
+    for row, position in enumerate(positions.tolist()):
+        weights = ((q[row] @ k[: position + 1].T) / 8**0.5).softmax(-1).mean(0)
+        assert torch.allclose(found[row, : position + 1], weights, atol=1e-6)
+        assert (found[row, position + 1 :] == 0).all()
+
+
+def test_rotation_keeps_products_of_equal_distance() -> None:
+    generator = torch.Generator().manual_seed(2)
+    a, b = torch.randn(2, 64, generator=generator)
+    turned = [rotate(torch.stack([a, b]), torch.tensor([at, at + 9])) for at in (0, 500)]
+    assert (turned[0][0] @ turned[0][1]).item() == pytest.approx((turned[1][0] @ turned[1][1]).item(), rel=1e-4)
+    assert not torch.allclose(turned[0][1], torch.stack([a, b])[1])
+
+
+def test_training_brings_an_indexer_nearer_to_the_attention() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(96, 576)
+    positions = torch.arange(32, 96)
+    attended = torch.zeros(64, 96)
+    attended[torch.arange(64), torch.arange(64) // 4] = 1.0
+    indexer = Distilled()
+    optimizer = torch.optim.AdamW(indexer.parameters(), 3e-3)
+    losses = []
+    for _ in range(30):
+        loss = train_step(indexer, hidden, positions, attended)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_keys_of_a_later_part_are_those_of_the_whole() -> None:
+    torch.manual_seed(0)
+    indexer, hidden = Distilled(), torch.randn(20, 576)
+    whole = indexer.of_keys(hidden)
+    assert torch.allclose(whole, torch.cat([indexer.of_keys(hidden[:13]), indexer.of_keys(hidden[13:], 13)]), atol=1e-6)
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    def __call__(self, text: str, **_: object) -> object:
+        ids = torch.tensor([[ord(letter) for letter in text]])
+        return type("Encoding", (), {"input_ids": ids})()
+
+
+@pytest.mark.parametrize("depth", [0.05, 0.5, 0.95])
+def test_a_needle_is_where_it_should_be(depth: float) -> None:
+    filler = torch.full((1, 400), ord("x"))
+    needle = needles.hide(Letters(), filler, depth, 2)
+    text, end = ("".join(map(chr, ids[0].tolist())) for ids in needle)
+    assert len(text) + len(end) == 400
+    digits = end[-needles.DIGITS :]
+    assert digits.isdigit()
+    assert text.count(f"The secret number of Cairo is {digits}.") == 1
+    assert abs(text.index("The secret") / text.count("x") - depth) < 0.1
+    logits = torch.nn.functional.one_hot(needle.end[0], 128).float().roll(-1, 0)
+    assert needles.answered(logits, needle.end)
+    logits[-2] = 0
+    assert not needles.answered(logits, needle.end)
+
+
+def test_gaussian_keys_are_no_model() -> None:
+    """The contrast of the report: one mean of random keys says little of them."""
+    of = gaussian(1024, 8).scored
+    lost = measures.loss(methods()[PAPER.name](of, 256, 64), flat(of, 64), torch.ones(8, 1024) / 1024)
+    assert 0 < lost.iou.mean() < 0.5
+
+
+def test_documents_are_apart() -> None:
+    """What indexers are trained on, and centred by, is not what is measured: 8192 tokens are below 80000 letters."""
+    for kind, book, start in capture.MEASURED:
+        for other in capture.OTHERS:
+            assert other[:2] != (kind, book) or abs(other[2] - start) > 80_000
