@@ -5,24 +5,31 @@ hisa_compile.explain(model, *inputs)             say what is rewritten, and what
 @hisa_compile.hisa(block_size=64)                give a region its own budget, or opt it out
 hisa_compile.indexer_topk(q, k, weights, topk)   the operator itself
 hisa_compile.pool_keys(k, block_size)            the block means it reads, for a cache that keeps them
+hisa_compile.fidelity(q, k, weights, topk)       what a budget costs in selection quality, for an indexer's own tensors
+hisa_compile.recommend_budget(...)               the cheapest budget that reaches a target recall, for the same
 """
 
 from .backend import hisa_backend
 from .decorator import hisa
 from .explain import explain
+from .fidelity import Fidelity, Recommendation, fidelity, recommend_budget
 from .history import reports
 from .ops import Budget, indexer_topk, pool_keys, resolve_budget
 from .passes.report import Report, Site
 
 __all__ = [
     "Budget",
+    "Fidelity",
+    "Recommendation",
     "Report",
     "Site",
     "explain",
+    "fidelity",
     "hisa",
     "hisa_backend",
     "indexer_topk",
     "pool_keys",
+    "recommend_budget",
     "reports",
     "resolve_budget",
 ]
