@@ -9,7 +9,18 @@ import hisa_compile
 from benchmarks.fidelity import capture, measures, needles
 from benchmarks.fidelity.indexers import Distilled, rotate, train_step
 from benchmarks.fidelity.overlap import gaussian, methods
-from benchmarks.fidelity.selections import OPTIONS, PAPER, Scored, flat, kept_blocks, pooled, probe, scored
+from benchmarks.fidelity.selections import (
+    OPTIONS,
+    PAPER,
+    Scored,
+    flat,
+    kept_blocks,
+    pooled,
+    probe,
+    sampled,
+    scored,
+    threshold,
+)
 
 
 def drawn(seed: int, queries: int = 7, tokens: int = 256, heads: int = 3, dim: int = 8) -> Scored:
@@ -61,18 +72,34 @@ def test_a_probe_of_one_head_is_its_score() -> None:
     positive = of._replace(w=of.w.abs())
     found, real = probe(positive), scored(positive.q, positive.k, positive.w, positive.positions).scores
     assert torch.allclose(found[real > 0], real[real > 0])
-    assert (found[real == 0] <= 0).all()
+    assert (found[real == 0] == 0).all()
     negative = of._replace(w=-of.w.abs())
     below = scored(negative.q, negative.k, negative.w, negative.positions).scores
     assert torch.allclose(probe(negative)[(below < 0) & below.isfinite()], below[(below < 0) & below.isfinite()])
 
 
 def test_pools_of_known_scores() -> None:
-    """Two tokens are to be selected: the second greatest, 3, is the threshold."""
+    """Two tokens are to be selected: the second greatest, 3, is the threshold, and the greatest half of them is 12."""
     tokens = torch.tensor([[1.0, 12.0, 3.0, 2.0, 2.5, 0.0, -1.0, -2.0]])
+    assert [x.item() for x in threshold(tokens, 2)] == [3.0, 12.0]
     assert pooled(tokens, 2, 2, "max").tolist() == [[12.0, 3.0, 2.5, -1.0]]
     assert pooled(tokens, 2, 2, "sum").tolist() == [[9.0, 0.0, -0.5, -4.0]]
     assert pooled(tokens, 2, 2, "root").tolist() == [[3.0, 0.0, -0.5, -4.0]]
+    # Four to be selected: 2 is the threshold, half as many reach 3.
+    assert pooled(tokens, 2, 4, "capped").tolist() == [[1.0 + 10 / 4, 1.0 + 1 / 4, 0.5 + 0.5 / 4, -3.0]]
+
+
+@pytest.mark.parametrize(("tokens", "topk"), [(8192, 512), (8192, 128), (4096, 2048), (100, 3), (1000, 40)])
+def test_a_sample_is_spread_and_finds_about_the_right_token(tokens: int, topk: int) -> None:
+    at = sampled(tokens, topk)
+    stride = max(1, topk // 16)
+    assert torch.equal(at[:-1] // stride, torch.arange(len(at) - 1))
+    assert at.max() < tokens
+    scores = torch.randn(64, tokens, generator=torch.Generator().manual_seed(0))
+    low, high = threshold(scores, topk)
+    reached = (scores >= low).sum(1).double().mean().item()
+    assert topk * 0.8 <= reached <= topk * 1.2
+    assert (high >= low).all()
 
 
 def test_the_first_and_last_block_are_kept_and_none_behind() -> None:

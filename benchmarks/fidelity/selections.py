@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import leaky_relu
 
 NEVER = -torch.inf
-SLOPE = 1 / 64
+# Of the sample that tells a threshold this many are above it.
+RANK = 16
 
 
 class Scored(NamedTuple):
@@ -89,35 +89,58 @@ def probe(of: Scored) -> Tensor:
     """Every token's score as two heads see it: the heads of positive weight as one, and those of negative weight.
 
     relu(q+ . k) - relu(q- . k), q+ the sum of w_h q_h where w_h > 0, q- that of -w_h q_h where w_h < 0: two products a
-    token instead of H.  Below zero a little is left of both, since ties would say nothing.
+    token instead of H.
     """
     plus, minus = ((of.q * part[..., None]).sum(1) for part in (of.w.relu(), (-of.w).relu()))
-    probed = leaky_relu(plus @ of.k.T, SLOPE) - leaky_relu(minus @ of.k.T, SLOPE)
+    probed = (plus @ of.k.T).relu() - (minus @ of.k.T).relu()
     return probed.masked_fill(~seen(of.positions, len(of.k)), NEVER)
+
+
+def sampled(tokens: int, topk: int) -> Tensor:
+    """Positions of the tokens whose scores tell how great the ``topk``-th one's is: one of every topk / RANK.
+
+    The place in each stretch changes, so that nothing that repeats in the text is met every time.
+    """
+    stride = max(1, topk // RANK)
+    number = torch.arange(-(-tokens // stride))
+    return (number * stride + number * 7919 % stride).clamp_max(tokens - 1)
+
+
+def threshold(tokens: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """About the score of the ``topk``-th token and of the one half as far down, each [N, 1], from a sample."""
+    some = tokens[:, sampled(tokens.shape[1], topk).to(tokens.device)].sort(1, descending=True).values
+    found = (some != NEVER).sum(1, keepdim=True)
+    rank = found.clamp(1, max(1, topk // max(1, topk // RANK)))
+    return some.gather(1, rank - 1), some.gather(1, (rank + 1) // 2 - 1)
 
 
 def pooled(tokens: Tensor, block: int, topk: int, how: str) -> Tensor:
     """Scores of blocks from scores of their tokens: how much of each is above that of the ``topk``-th token.
 
     "max": the greatest token's.  "sum": what is above, added up.  "root": square roots of that, added up, which is
-    between the sum and the number of such tokens.  Blocks with none above follow by their greatest.
+    between the sum and the number of such tokens.  "capped": each up to what half as many tokens have, which counts
+    more than it adds, and a fourth of the greatest, which keeps what stands out.  Blocks with none above follow by
+    their greatest.
     """
     by_block = tokens.unflatten(1, (tokens.shape[1] // block, block))
     greatest = by_block.amax(2)
     if how == "max":
         return greatest
-    threshold = tokens.topk(min(topk, tokens.shape[1]), dim=1).values[:, -1, None, None]
-    above = (by_block - threshold).relu()
-    summed = above.sum(2) if how == "sum" else above.sqrt().sum(2)
-    behind = greatest - threshold[..., 0]
-    return torch.where(summed > 0, summed, behind.clamp_max(0.0))
+    low, high = threshold(tokens, topk)
+    above = (by_block - low[..., None]).relu()
+    behind = greatest - low
+    if how == "capped":
+        summed = above.minimum((high - low)[..., None]).sum(2) + behind.relu() / 4
+    else:
+        summed = (above if how == "sum" else above.sqrt()).sum(2)
+    return torch.where(behind > 0, summed, behind)
 
 
-def by_probe(of: Scored, block: int, topk: int, *, how: str = "root") -> Tensor:
+def by_probe(of: Scored, block: int, topk: int, *, how: str = "capped") -> Tensor:
     return pooled(probe(of), block, topk, how)
 
 
-def by_token(of: Scored, block: int, topk: int, *, how: str = "root") -> Tensor:
+def by_token(of: Scored, block: int, topk: int, *, how: str = "capped") -> Tensor:
     """What the probe approximates: the tokens' own scores.  No coarse stage, a bound of what one can know."""
     return pooled(of.scores, block, topk, how)
 
@@ -198,6 +221,7 @@ OPTIONS = (
     Option("two levels, spread, 2m then B/4", by_spread, 4, 2, _spread),
     Option("probe, greatest", functools.partial(by_probe, how="max"), 1, 0, _probe),
     Option("probe, sum", functools.partial(by_probe, how="sum"), 1, 0, _probe),
+    Option("probe, roots", functools.partial(by_probe, how="root"), 1, 0, _probe),
     Option("probe", by_probe, 1, 0, _probe),
     Option("probe, B/2", by_probe, 2, 0, _probe),
     Option("probe, B/4", by_probe, 4, 0, _probe),
