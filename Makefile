@@ -46,7 +46,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 fidelity: $(INSTALLED)
-	@echo "== selection quality on a real model: minutes on a GPU, hours on 2 cores"
+	@echo "== selection quality on a real model: hours on 2 cores"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[fidelity]'
 	$(BIN)/python -m benchmarks.fidelity
 

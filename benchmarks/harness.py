@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import statistics
 import sys
 import traceback
@@ -236,7 +237,8 @@ def command(module: str, made: argparse.ArgumentParser, options: argparse.Namesp
 
 
 def machine() -> str:
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"{device}, torch {torch.__version__}, Triton {triton.__version__}"
 
 
 def importable(module: str) -> str | None:

@@ -1,12 +1,14 @@
-"""The parts of benchmarks/fidelity that need no model: selections against the operator, measures with known values."""
+"""benchmarks/fidelity without its model: selections against the operator, measures with known values, and what reads a
+model with one of two layers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import hisa_compile
-from benchmarks.fidelity import capture, measures, needles
+from benchmarks.fidelity import capture, language, measures, model, needles
 from benchmarks.fidelity.indexers import Distilled, rotate, train_step
 from benchmarks.fidelity.overlap import gaussian, methods
 from benchmarks.fidelity.selections import (
@@ -19,8 +21,10 @@ from benchmarks.fidelity.selections import (
     probe,
     sampled,
     scored,
+    seen,
     threshold,
 )
+from benchmarks.fidelity.tail import Prefix
 
 
 def drawn(seed: int, queries: int = 7, tokens: int = 256, heads: int = 3, dim: int = 8) -> Scored:
@@ -164,6 +168,121 @@ def test_keys_of_a_later_part_are_those_of_the_whole() -> None:
     indexer, hidden = Distilled(), torch.randn(20, 576)
     whole = indexer.of_keys(hidden)
     assert torch.allclose(whole, torch.cat([indexer.of_keys(hidden[:13]), indexer.of_keys(hidden[13:], 13)]), atol=1e-6)
+
+
+# ---- with a model of two layers and random weights ---------------------------------------------------------------
+
+IDS = torch.randint(0, 97, (1, 200), generator=torch.Generator().manual_seed(3))
+LAST = 24
+END = IDS[:, -LAST:]
+
+
+@pytest.fixture(scope="module")
+def lm() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(model.architecture(layers=2, vocabulary=97)).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def prefix(lm: transformers.LlamaForCausalLM) -> Prefix:
+    torch.manual_seed(1)
+    indexers = [Distilled().requires_grad_(False) for _ in range(2)]
+    return Prefix(lm, IDS[:, :-LAST], torch.randn(2, model.GROUPS, model.DIM), indexers)
+
+
+def everything(of: Scored) -> torch.Tensor:
+    return seen(of.positions, len(of.k))
+
+
+def itself(of: Scored) -> torch.Tensor:
+    return torch.arange(len(of.k)) == of.positions[:, None]
+
+
+def test_the_end_behind_a_prefix_is_the_end_of_the_whole(lm: transformers.LlamaForCausalLM, prefix: Prefix) -> None:
+    whole = lm(IDS, use_cache=False).logits[0, -LAST:]
+    # Twice: what was read of the end is forgotten.
+    for _ in range(2):
+        assert torch.allclose(prefix.logits(END, "centred", None), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["centred", "distilled"])
+def test_what_is_chosen_alone_is_attended_to(lm: transformers.LlamaForCausalLM, prefix: Prefix, kind: str) -> None:
+    dense, own = (prefix.logits(END, kind, choose) for choose in (None, itself))
+    assert torch.allclose(prefix.logits(END, kind, everything), dense, atol=1e-4)
+    assert not torch.allclose(own, dense, atol=1e-2)
+    # Of itself alone a token knows nothing of what was before.
+    other = Prefix(lm, IDS[:, 7 : -LAST - 5], prefix.means, prefix.indexers)
+    assert torch.allclose(own, other.logits(END, kind, itself), atol=1e-4)
+
+
+def test_indexers_behind_a_prefix_are_those_of_the_whole(lm: transformers.LlamaForCausalLM, prefix: Prefix) -> None:
+    """In the first layer, which does not know how attention was done."""
+    assert prefix.indexers is not None
+    indexer, positions = prefix.indexers[0], torch.arange(200 - LAST, 200)
+    whole: dict[str, list[Scored]] = {}
+
+    def visit(layer: capture.Layer) -> None:
+        if layer.number == 0:
+            keys = indexer.of_keys(layer.hidden)
+            whole["distilled"] = [capture.distilled(indexer, layer.hidden[positions], keys, positions)]
+            whole["centred"] = capture.centred(layer.q[:, positions], layer.k, positions, prefix.means[0])
+
+    capture.look(lm, IDS, visit)
+    for kind, expected in whole.items():
+        asked: list[Scored] = []
+
+        def choose(of: Scored, to: list[Scored] = asked) -> torch.Tensor:
+            to.append(of)
+            return everything(of)
+
+        prefix.logits(END, kind, choose)
+        assert len(asked) == 2 * len(expected)
+        for one, other in zip(expected, asked, strict=False):
+            assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one, other, strict=True)), kind
+
+
+def test_groups_are_the_heads_that_share_keys(lm: transformers.LlamaForCausalLM) -> None:
+    positions, layers = torch.tensor([150, 199]), []
+
+    def visit(layer: capture.Layer) -> None:
+        layers.append(layer.number)
+        found = capture.centred(layer.q[:, positions], layer.k, positions, torch.zeros(model.GROUPS, model.DIM))
+        attended = capture.group_attention(layer.q[:, positions], layer.k, positions)
+        for group, of in enumerate(found):
+            products = layer.q[3 * group : 3 * group + 3, 199] @ layer.k[group].T
+            assert torch.allclose(of.scores[1], products.relu().sum(0), atol=1e-4)
+            assert torch.allclose(attended[group, 1], (products / 8).softmax(-1).mean(0), atol=1e-5)
+
+    capture.look(lm, IDS, visit)
+    assert layers == [0, 1]
+
+
+def test_reading_tells_dense_from_sparse(prefix: Prefix) -> None:
+    found = language.read(prefix, END, "centred", {"dense": None, "all": everything, "few": itself})
+    logs = prefix.logits(END, "centred", None)[:-1].log_softmax(-1)
+    assert found["dense"].loss == pytest.approx(-logs.gather(1, END[0, 1:, None]).mean().item(), rel=1e-4)
+    assert found["dense"].divergence == 0
+    assert abs(found["all"].divergence) < 1e-5 < found["few"].divergence
+
+
+@pytest.mark.parametrize("name", language.COMPARED)
+def test_tokens_of_no_whole_block_are_chosen_from(prefix: Prefix, name: str) -> None:
+    """200 tokens are no multiple of a block: what fills the last one is neither seen nor chosen."""
+    chosen_of = language.choosers(200, 1)[name]
+    assert chosen_of is not None
+    counts = []
+
+    def choose(of: Scored) -> torch.Tensor:
+        mask = chosen_of(of)
+        assert mask.shape == (LAST, 200)
+        assert not (mask & ~everything(of)).any()
+        counts.append(mask.sum(1))
+        return mask
+
+    prefix.logits(END, "distilled", choose)
+    with pytest.raises(ValueError, match="ratio: got 2 for 200 tokens, expected at most 1"):
+        language.choosers(200, 2)
+    assert torch.stack(counts).min() >= 4
 
 
 class Letters:

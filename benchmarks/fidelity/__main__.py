@@ -3,7 +3,7 @@
     python -m benchmarks.fidelity [--device cuda] [--out benchmarks/results/fidelity]
 
 Fetches the model and the texts, trains the distilled indexers if there are none, then overlap, language, needles and
-plots with their defaults; each part is a command of its own with more options.  Minutes on a GPU, hours on two cores.
+plots with their defaults; each part is a command of its own with more options.  Hours on two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     sources.fetch()
     on = ["--device", options.device]
-    parts = [[name, *on, "--out", str(options.out)] for name in ("overlap", "language", "needles")]
+    parts = [[name, *on, "--out", str(options.out / f"{name}.md")] for name in ("overlap", "language", "needles")]
     if not distil.default_path().exists():
         parts.insert(0, ["distil", *on])
     parts.append(["plots", "--results", str(options.out)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import model, sources
 from .indexers import Distilled
+from .measures import attention
 from .selections import Scored, scored
 
 
@@ -44,22 +45,14 @@ OTHERS += (("code", 1, 1_800_000), ("prose", 0, 6_000_000), ("code", 0, 3_000_00
 @torch.no_grad()
 def look(lm: Any, ids: Tensor, visit: Callable[[Layer], None]) -> None:
     """Run the model over one document and call ``visit`` with each layer in turn."""
-    inputs: dict[int, Tensor] = {}
+    with model.normalised_inputs(lm) as inputs:
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        visit(Layer(layer, inputs.pop(layer), q[0], k[0]))
-        return model.causal(layer, q, k, v, scaling)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+            visit(Layer(layer, inputs.pop(layer), q[0], k[0]))
+            return model.causal(layer, q, k, v, scaling)
 
-    def keep(number: int) -> Callable[..., None]:
-        return lambda _module, _inputs, output: inputs.__setitem__(number, output[0])
-
-    hooks = [layer.input_layernorm.register_forward_hook(keep(i)) for i, layer in enumerate(lm.model.layers)]
-    try:
         with model.attention(attend):
             lm.model(ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def mean_keys(lm: Any, documents: list[Tensor]) -> Tensor:
@@ -70,16 +63,27 @@ def mean_keys(lm: Any, documents: list[Tensor]) -> Tensor:
     return total / len(documents)
 
 
-def centred(layer: Layer, positions: Tensor, means: Tensor) -> Iterator[tuple[Scored, Tensor]]:
-    """A layer's groups as indexers, each with the attention heads' own queries [N, heads, D]."""
-    heads = model.HEADS // model.GROUPS
-    for group in range(model.GROUPS):
-        q = layer.q[group * heads : (group + 1) * heads, positions].transpose(0, 1)
-        k = layer.k[group] - means[layer.number, group].to(layer.k.device)
-        yield scored(q, k, torch.ones(q.shape[:2], device=q.device), positions), q
+def of_groups(x: Tensor) -> Tensor:
+    """[HEADS, N, D] of the attention's heads as [GROUPS, N, heads of a group, D]."""
+    return x.unflatten(0, (model.GROUPS, -1)).transpose(1, 2)
 
 
-def distilled(layer: Layer, positions: Tensor, indexers: list[Distilled]) -> Scored:
-    indexer = indexers[layer.number]
-    q, w = indexer.of_queries(layer.hidden[positions], positions)
-    return scored(q, indexer.of_keys(layer.hidden), w, positions)
+def centred(q: Tensor, k: Tensor, positions: Tensor, means: Tensor) -> list[Scored]:
+    """A layer's groups as indexers: q [HEADS, N, D] at ``positions``, k [GROUPS, T, D], means [GROUPS, D]."""
+    weights = torch.ones(q.shape[1], model.HEADS // model.GROUPS, device=q.device)
+    return [
+        scored(queries, keys - mean, weights, positions)
+        for queries, keys, mean in zip(of_groups(q), k, means.to(k.device), strict=True)
+    ]
+
+
+def group_attention(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
+    """[GROUPS, N, T] of the same: the mean attention of each group's heads."""
+    pairs = zip(of_groups(q), k, strict=True)
+    return torch.stack([attention(queries, keys, positions) for queries, keys in pairs])
+
+
+def distilled(indexer: Distilled, inputs: Tensor, keys: Tensor, positions: Tensor) -> Scored:
+    """A layer's indexer, of the layer's inputs [N, HIDDEN] at ``positions`` and its own keys [T, D]."""
+    q, w = indexer.of_queries(inputs, positions)
+    return scored(q, keys, w, positions)

@@ -1,24 +1,22 @@
 """Perplexity, and divergence from the dense model, of the last tokens with sparse attention in place.
 
-    python -m benchmarks.fidelity.language [--documents 4] [--last 1024] [--ratio 4] [--out results]
+    python -m benchmarks.fidelity.language [--documents 4] [--last 1024] [--ratio 4] [--out language.md]
 
 The tokens before the last ones are read densely, as a prefill would be; the last ones select in every layer.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..harness import command, machine, parser, write
 from . import capture, model
-from .overlap import BLOCK, KEEP_OF_CANDIDATES, Setting, methods, setting
+from .overlap import BLOCK, Setting, budget, default_device, methods, setting
 from .selections import PAPER, Scored, flat
 from .tail import Choose, Prefix
 
@@ -37,8 +35,7 @@ class Read(NamedTuple):
 
 def choosers(tokens: int, ratio: int, compared: Sequence[str] = COMPARED) -> dict[str, Choose | None]:
     """By name, dense and flat first: what :meth:`.tail.Prefix.logits` takes, at this compression of ``tokens``."""
-    candidates = tokens // ratio
-    topk = candidates // KEEP_OF_CANDIDATES
+    candidates, topk = budget(tokens, ratio)
     made: dict[str, Choose | None] = {DENSE: None, "flat": lambda of: flat(of, topk)}
     every = methods()
     for name in compared:
@@ -91,14 +88,13 @@ def table(found: dict[str, list[Read]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=4)
-    parser.add_argument("--length", type=int, default=model.NATIVE_LENGTH)
-    parser.add_argument("--last", type=int, default=1024)
-    parser.add_argument("--ratio", type=int, default=4)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--documents", type=int, default=4)
+    made.add_argument("--length", type=int, default=model.NATIVE_LENGTH)
+    made.add_argument("--last", type=int, default=1024)
+    made.add_argument("--ratio", type=int, default=4)
+    made.add_argument("--device", default=default_device())
+    options = made.parse_args()
     at = setting(options.device)
     parts: list[str] = []
     raw: dict[str, Any] = {}
@@ -109,11 +105,12 @@ def main() -> None:
             parts += [f"### {text}, {kind}, {options.ratio}:1, the last {options.last} of {options.length} tokens"]
             parts += [table(reads)]
             raw[f"{text} {kind}"] = {name: [one._asdict() for one in ones] for name, ones in reads.items()}
-    print("\n\n".join(parts))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "language.md").write_text("\n\n".join(parts) + "\n")
-        (options.out / "language.json").write_text(json.dumps(raw, indent=1) + "\n")
+    asked = command("fidelity.language", made, options)
+    write(
+        options.out,
+        ["# Perplexity, and divergence from dense", f"`{asked}`, {machine()}", *parts],
+        raw | {"command": asked},
+    )
 
 
 if __name__ == "__main__":

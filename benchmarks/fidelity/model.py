@@ -97,23 +97,41 @@ def _state(path: str) -> dict[str, Tensor]:
     return state
 
 
-def load(device: str = "cpu", stretch: float = 1.0) -> transformers.LlamaForCausalLM:
-    """The model in float32.  ``stretch``: positions are divided by it (linear interpolation), for longer contexts."""
-    config = transformers.LlamaConfig(
-        vocab_size=49152,
+@contextlib.contextmanager
+def normalised_inputs(lm: Any) -> Iterator[dict[int, Tensor]]:
+    """Inside it, the normalised input [T, HIDDEN] of each layer by its number, from when the layer has it."""
+    inputs: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        return lambda _module, _inputs, output: inputs.__setitem__(number, output[0])
+
+    hooks = [layer.input_layernorm.register_forward_hook(keep(i)) for i, layer in enumerate(lm.model.layers)]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def architecture(layers: int = LAYERS, vocabulary: int = 49152) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        vocab_size=vocabulary,
         hidden_size=HIDDEN,
         intermediate_size=1536,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=GROUPS,
-        max_position_embeddings=int(NATIVE_LENGTH * stretch),
+        max_position_embeddings=NATIVE_LENGTH,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        rope_parameters={"rope_type": "linear", "factor": stretch, "rope_theta": 1e5}
-        if stretch != 1.0
-        else {"rope_type": "default", "rope_theta": 1e5},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         attn_implementation=_NAME,
     )
+
+
+def load(device: str = "cpu") -> transformers.LlamaForCausalLM:
+    """The model in float32."""
+    config = architecture()
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.to_empty(device="cpu")

@@ -1,6 +1,6 @@
 """A sentence with a number, hidden in a long text and asked for at its end: by length of the text and depth in it.
 
-    python -m benchmarks.fidelity.needles [--lengths 2048 4096 8192] [--depths 10] [--needles 4] [--out results]
+    python -m benchmarks.fidelity.needles [--lengths 2048 4096 8192] [--depths 10] [--needles 4] [--out needles.md]
 
 An answer counts if every digit is the model's first choice after those before it, which is what greedy decoding would
 give.  The text is read densely, question and answer with sparse attention in every layer.
@@ -8,18 +8,16 @@ give.  The text is read densely, question and answer with sparse attention in ev
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import defaultdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..harness import command, machine, parser, write
 from . import capture
 from .language import choosers
-from .overlap import Setting, setting
+from .overlap import Setting, default_device, setting
 from .tail import Prefix
 
 CITIES = ("Oslo", "Lima", "Cairo", "Kyoto", "Quebec", "Nairobi", "Lisbon", "Havana")
@@ -97,23 +95,19 @@ def table(found: dict[Cell, float], kind: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
-    parser.add_argument("--depths", type=int, default=10)
-    parser.add_argument("--needles", type=int, default=4)
-    parser.add_argument("--ratio", type=int, default=4)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    made.add_argument("--depths", type=int, default=10)
+    made.add_argument("--needles", type=int, default=4)
+    made.add_argument("--ratio", type=int, default=4)
+    made.add_argument("--device", default=default_device())
+    options = made.parse_args()
     found = measure(setting(options.device), options.lengths, options.depths, options.needles, options.ratio)
     kinds = list(dict.fromkeys(cell.kind for cell in found))
-    text = "\n\n".join(f"### {kind}, {options.ratio}:1\n\n{table(found, kind)}" for kind in kinds)
-    print(text)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "needles.md").write_text(text + "\n")
-        raw = [cell._asdict() | {"right": share} for cell, share in found.items()]
-        (options.out / "needles.json").write_text(json.dumps(raw, indent=1) + "\n")
+    asked = command("fidelity.needles", made, options)
+    parts = [f"### {kind}, {options.ratio}:1\n\n{table(found, kind)}" for kind in kinds]
+    rows = [cell._asdict() | {"right": share} for cell, share in found.items()]
+    write(options.out, ["# Needles found", f"`{asked}`, {machine()}", *parts], {"command": asked, "rows": rows})
 
 
 if __name__ == "__main__":

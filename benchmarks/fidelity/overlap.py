@@ -1,6 +1,6 @@
 """Overlap with the flat selection, and the attention that is lost: every option, by compression, layer and head.
 
-    python -m benchmarks.fidelity.overlap [--documents 6] [--queries 48] [--ratios 2 4 8 16] [--out results]
+    python -m benchmarks.fidelity.overlap [--documents 6] [--queries 48] [--ratios 2 4 8 16] [--out overlap.md]
 
 Contexts of 8192 tokens, queries drawn from the second half; the paper's blocks of 128 at 64K are scaled to 64 here.  At
 a compression M:m a query's candidates are a share m/M of the context, and k is a fourth of them, as the paper has it.
@@ -8,16 +8,14 @@ a compression M:m a query's candidates are a share m/M of the context, and k is 
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..harness import command, machine, parser, write
 from . import capture, distil, model
 from .indexers import Distilled, load_distilled
 from .measures import Loss, Summary, attention, loss, summary
@@ -41,6 +39,14 @@ class Indexed(NamedTuple):
     attended: Tensor
 
 
+def budget(tokens: int, ratio: int) -> tuple[int, int]:
+    """Candidates and selected tokens at a compression of ``ratio``:1; two blocks of candidates at least."""
+    candidates = tokens // ratio
+    if candidates < 2 * BLOCK:
+        raise ValueError(f"ratio: got {ratio} for {tokens} tokens, expected at most {tokens // (2 * BLOCK)}")
+    return candidates, candidates // KEEP_OF_CANDIDATES
+
+
 def methods() -> dict[str, Method]:
     """By name: (scored, candidates, topk) -> bool [N, T]."""
     made: dict[str, Method] = {
@@ -56,14 +62,14 @@ def methods() -> dict[str, Method]:
 def of_layer(
     layer: capture.Layer, positions: Tensor, means: Tensor, indexers: list[Distilled] | None
 ) -> Iterator[Indexed]:
-    groups = []
-    for head, (of, q) in enumerate(capture.centred(layer, positions, means)):
-        attended = attention(q, layer.k[head], positions)
-        groups.append(attended)
-        yield Indexed("centred", layer.number, head, of, attended)
+    q = layer.q[:, positions]
+    attended = capture.group_attention(q, layer.k, positions)
+    for head, of in enumerate(capture.centred(q, layer.k, positions, means[layer.number])):
+        yield Indexed("centred", layer.number, head, of, attended[head])
     if indexers is not None:
-        of = capture.distilled(layer, positions, indexers)
-        yield Indexed("distilled", layer.number, 0, of, torch.stack(groups).mean(0))
+        indexer = indexers[layer.number]
+        of = capture.distilled(indexer, layer.hidden[positions], indexer.of_keys(layer.hidden), positions)
+        yield Indexed("distilled", layer.number, 0, of, attended.mean(0))
 
 
 def gaussian(tokens: int, queries: int) -> Indexed:
@@ -81,12 +87,11 @@ Found = dict[tuple[str, int, str], list[tuple[int, int, Loss]]]
 
 def compare(found: Found, indexed: Indexed, ratios: list[int]) -> None:
     """Add every method's losses, by kind of indexer, compression and method."""
-    tokens = len(indexed.scored.k)
+    tokens, every = len(indexed.scored.k), methods()
     for ratio in ratios:
-        candidates = tokens // ratio
-        topk = candidates // KEEP_OF_CANDIDATES
+        candidates, topk = budget(tokens, ratio)
         reference = flat(indexed.scored, topk)
-        for name, method in methods().items():
+        for name, method in every.items():
             lost = loss(method(indexed.scored, candidates, topk), reference, indexed.attended)
             found[indexed.kind, ratio, name].append((indexed.layer, indexed.head, lost))
 
@@ -102,6 +107,10 @@ class Setting(NamedTuple):
 
     def read(self, which: Sequence[tuple[str, int, int]], length: int) -> list[Tensor]:
         return [capture.document(self.tokenizer, *each, length).to(self.device) for each in which]
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def setting(device: str) -> Setting:
@@ -163,30 +172,26 @@ def tables(found: dict[tuple[str, int, str], Summary], tokens: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=len(capture.MEASURED))
-    parser.add_argument("--length", type=int, default=model.NATIVE_LENGTH)
-    parser.add_argument("--queries", type=int, default=48)
-    parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--documents", type=int, default=len(capture.MEASURED))
+    made.add_argument("--length", type=int, default=model.NATIVE_LENGTH)
+    made.add_argument("--queries", type=int, default=48)
+    made.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8, 16])
+    made.add_argument("--device", default=default_device())
+    options = made.parse_args()
     at = setting(options.device)
     # Prose and code in turns, however many there are.
     half = len(capture.MEASURED) // 2
     order = [each for pair in zip(capture.MEASURED[:half], capture.MEASURED[half:], strict=True) for each in pair]
     found = measure(at, at.read(order[: options.documents], options.length), options.queries, options.ratios)
     summed = summaries(found)
-    text = tables(summed, options.length)
-    print(text)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "overlap.md").write_text(text)
-        raw = [
-            {"indexer": at[0], "ratio": at[1], "method": at[2], **of._asdict(), "by_layer": by_layer(found[at])}
-            for at, of in summed.items()
-        ]
-        (options.out / "overlap.json").write_text(json.dumps(raw, indent=1) + "\n")
+    asked = command("fidelity.overlap", made, options)
+    rows = [
+        {"indexer": at[0], "ratio": at[1], "method": at[2], **of._asdict(), "by_layer": by_layer(found[at])}
+        for at, of in summed.items()
+    ]
+    parts = ["# Overlap with the flat selection", f"`{asked}`, {machine()}", tables(summed, options.length)]
+    write(options.out, parts, {"command": asked, "rows": rows})
 
 
 if __name__ == "__main__":

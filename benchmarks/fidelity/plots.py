@@ -138,11 +138,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/fidelity"))
     results = parser.parse_args().results
     if (results / "overlap.json").exists():
-        rows = json.loads((results / "overlap.json").read_text())
+        rows = json.loads((results / "overlap.json").read_text())["rows"]
         lost_against_cost(rows, results)
         loss_by_layer(rows, results)
     if (results / "needles.json").exists():
-        needle_maps(json.loads((results / "needles.json").read_text()), results)
+        needle_maps(json.loads((results / "needles.json").read_text())["rows"], results)
 
 
 if __name__ == "__main__":

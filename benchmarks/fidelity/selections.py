@@ -59,7 +59,7 @@ def flat(of: Scored, topk: int) -> Tensor:
 
 # ---- coarse stages ---------------------------------------------------------------------------------------------
 
-# (what is scored, tokens of a block, candidates, selected tokens) -> [N, blocks], the greater the better.
+# (what is scored, tokens of a block, selected tokens) -> [N, blocks], the greater the better.
 Coarse = Callable[[Scored, int, int], Tensor]
 
 
@@ -167,15 +167,16 @@ class Option:
 
     name: in tables.  coarse: scores of blocks.  finer: how many times smaller blocks are than the paper's setting has
     them.  first: blocks of the paper's size that the mean keeps before, as a multiple of the candidates; 0 for none.
-    dots: products with a head that the coarse stage makes for a query, as a function of (tokens, heads, block of the
-    paper's size, candidates).
+    of_block: vectors of a block that all heads are multiplied with.  of_token: heads that every token is multiplied
+    with, None for all.
     """
 
     name: str
     coarse: Coarse
     finer: int = 1
     first: int = 0
-    vectors: Callable[[int, int], float] = lambda block, heads: 1 / block
+    of_block: int = 0
+    of_token: int | None = 0
 
     def candidates(self, of: Scored, block: int, candidates: int, topk: int) -> Tensor:
         """bool [N, T]: at most ``candidates`` tokens, whole blocks of ``block / finer``."""
@@ -192,44 +193,32 @@ class Option:
         return best(of.scores.masked_fill(~kept, NEVER), topk)
 
     def dots(self, tokens: int, heads: int, block: int, candidates: int) -> float:
-        """Products of one head with one vector, over H, that the coarse stage makes for a query."""
-        fine = block // self.finer
-        behind = min(tokens, self.first * candidates) if self.first else tokens
-        return behind * self.vectors(fine, heads) + (tokens / block if self.first else 0)
+        """Products of all heads with one vector that the coarse stage makes for a query."""
+        reached = min(tokens, self.first * candidates) if self.first else tokens
+        each = self.of_block / (block // self.finer) + (1 if self.of_token is None else self.of_token / heads)
+        return reached * each + (tokens / block if self.first else 0)
 
 
-def _mean(block: int, heads: int) -> float:
-    return 1 / block
-
-
-def _spread(block: int, heads: int) -> float:
-    return 2 / block
-
-
-def _probe(block: int, heads: int) -> float:
-    return 2 / heads
-
-
-PAPER = Option("paper: one mean", by_mean)
+PAPER = Option("paper: one mean", by_mean, of_block=1)
 OPTIONS = (
     PAPER,
-    Option("mean, blocks of B/2", by_mean, 2, 0, _mean),
-    Option("mean, blocks of B/4", by_mean, 4, 0, _mean),
-    Option("mean + spread", by_spread, 1, 0, _spread),
-    Option("mean + spread, B/4", by_spread, 4, 0, _spread),
-    Option("two levels, mean, 2m then B/4", by_mean, 4, 2, _mean),
-    Option("two levels, spread, 2m then B/4", by_spread, 4, 2, _spread),
-    Option("probe, greatest", functools.partial(by_probe, how="max"), 1, 0, _probe),
-    Option("probe, sum", functools.partial(by_probe, how="sum"), 1, 0, _probe),
-    Option("probe, roots", functools.partial(by_probe, how="root"), 1, 0, _probe),
-    Option("probe", by_probe, 1, 0, _probe),
-    Option("probe, B/2", by_probe, 2, 0, _probe),
-    Option("probe, B/4", by_probe, 4, 0, _probe),
-    Option("two levels, 2m then probe, B/2", by_probe, 2, 2, _probe),
-    Option("two levels, 2m then probe, B/4", by_probe, 4, 2, _probe),
-    Option("two levels, 4m then probe, B/4", by_probe, 4, 4, _probe),
-    Option("bound: tokens' own scores", by_token, 1, 0, lambda block, heads: 1.0),
-    Option("bound: tokens' own scores, B/4", by_token, 4, 0, lambda block, heads: 1.0),
+    Option("mean, blocks of B/2", by_mean, 2, 0, of_block=1),
+    Option("mean, blocks of B/4", by_mean, 4, 0, of_block=1),
+    Option("mean + spread", by_spread, 1, 0, of_block=2),
+    Option("mean + spread, B/4", by_spread, 4, 0, of_block=2),
+    Option("two levels, mean, 2m then B/4", by_mean, 4, 2, of_block=1),
+    Option("two levels, spread, 2m then B/4", by_spread, 4, 2, of_block=2),
+    Option("probe, greatest", functools.partial(by_probe, how="max"), 1, 0, of_token=2),
+    Option("probe, sum", functools.partial(by_probe, how="sum"), 1, 0, of_token=2),
+    Option("probe, roots", functools.partial(by_probe, how="root"), 1, 0, of_token=2),
+    Option("probe", by_probe, 1, 0, of_token=2),
+    Option("probe, B/2", by_probe, 2, 0, of_token=2),
+    Option("probe, B/4", by_probe, 4, 0, of_token=2),
+    Option("two levels, 2m then probe, B/2", by_probe, 2, 2, of_token=2),
+    Option("two levels, 2m then probe, B/4", by_probe, 4, 2, of_token=2),
+    Option("two levels, 4m then probe, B/4", by_probe, 4, 4, of_token=2),
+    Option("bound: tokens' own scores", by_token, 1, 0, of_token=None),
+    Option("bound: tokens' own scores, B/4", by_token, 4, 0, of_token=None),
 )
 
 

@@ -12,9 +12,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from . import model
+from . import capture, model
 from .indexers import Distilled
-from .selections import Scored, scored
+from .selections import Scored
 
 # Of one indexer's queries which tokens are attended to: bool [N, T].
 Choose = Callable[[Scored], Tensor]
@@ -24,28 +24,16 @@ class Prefix:
     """A document's tokens [1, T] as the model has them after reading: its cache, and the distilled indexers' keys."""
 
     def __init__(self, lm: Any, ids: Tensor, means: Tensor, indexers: list[Distilled] | None) -> None:
-        self.lm, self.means, self.indexers = lm, means.to(ids.device), indexers
+        self.lm, self.means, self.indexers = lm, means, indexers
         self.tokens = ids.shape[1]
         self.cache = transformers.DynamicCache(config=lm.config)
         self.index_keys: list[Tensor] = []
-        self._inputs: dict[int, Tensor] = {}
         self._read(ids, self._keep)
 
     @torch.no_grad()
     def _read(self, ids: Tensor, attention: model.Attention) -> Tensor:
-        hooks = [
-            layer.input_layernorm.register_forward_hook(
-                lambda _module, _inputs, output, at=number: self._inputs.__setitem__(at, output[0])
-            )
-            for number, layer in enumerate(self.lm.model.layers)
-        ]
-        try:
-            with model.attention(attention):
-                hidden = self.lm.model(ids, past_key_values=self.cache, use_cache=True).last_hidden_state
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._inputs.clear()
+        with model.normalised_inputs(self.lm) as self._inputs, model.attention(attention):
+            hidden: Tensor = self.lm.model(ids, past_key_values=self.cache, use_cache=True).last_hidden_state
         return hidden
 
     def _keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -73,26 +61,13 @@ class Prefix:
 
     def _scored(self, layer: int, kind: str, q: Tensor, k: Tensor) -> list[Scored]:
         positions = torch.arange(self.tokens, k.shape[2], device=q.device)
-        heads = model.HEADS // model.GROUPS
-        if kind == "distilled":
-            assert self.indexers is not None
-            indexer, hidden = self.indexers[layer], self._inputs[layer]
-            keys = torch.cat([self.index_keys[layer], indexer.of_keys(hidden, self.tokens)])
-            return [scored(*_swapped(indexer.of_queries(hidden, positions), keys), positions)]
-        return [
-            scored(
-                q[0, group * heads : (group + 1) * heads].transpose(0, 1),
-                k[0, group] - self.means[layer, group],
-                torch.ones(q.shape[2], heads, device=q.device),
-                positions,
-            )
-            for group in range(model.GROUPS)
-        ]
+        if kind == "centred":
+            return capture.centred(q[0], k[0], positions, self.means[layer])
+        assert self.indexers is not None
+        indexer, inputs = self.indexers[layer], self._inputs[layer]
+        keys = torch.cat([self.index_keys[layer], indexer.of_keys(inputs, self.tokens)])
+        return [capture.distilled(indexer, inputs, keys, positions)]
 
     def _for_heads(self, masks: list[Tensor]) -> Tensor:
         """[1, HEADS, N, T] of one mask a layer, or one a group of heads."""
         return torch.stack(masks).repeat_interleave(model.HEADS // len(masks), dim=0)[None]
-
-
-def _swapped(queries: tuple[Tensor, Tensor], keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return queries[0], keys, queries[1]
