@@ -11,6 +11,8 @@ from .config import Tiles
 
 # Coordinates of a copy are int32.
 _MOST_ROWS = 2**31 - 1
+# Bytes.  Copies take multiples of 16; compute-sanitizer 2026.4 calls one at an odd multiple of 32 misaligned.
+WEIGHTS_ALIGNED = 128
 
 
 class QueryRows(NamedTuple):

@@ -23,7 +23,7 @@ from ..visibility import Visibility
 from . import config, gpu
 from .coarse import coarse_kernel, widen_queries_kernel
 from .config import Launch
-from .descriptor import QueryRows, describe, describe_weights, query_rows
+from .descriptor import WEIGHTS_ALIGNED, QueryRows, describe, describe_weights, query_rows
 from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_kernel
 from .group import list_items_kernel, sort_pairs_kernel
 from .long_rows import count_candidates_kernel, guess_key_kernel, list_candidates_kernel
@@ -159,7 +159,6 @@ class _Call:
         fits = tiles.tile >= 16 * tiles.num_warps and tiles.padded_heads <= 256 and heads % 4 == 0
         copied = self.plan.by_block and q.dtype.itemsize < 4 and fits and gpu.is_hopper(q)
         self.query_rows = query_rows(q) if copied else None
-        self.q = q
         windows_only = visibility.mask is None and visibility.key_valid is None and visibility.k_segment is None
         # Widened queries lie side by side, and rows are copied from multiples of 16 bytes.
         widened = q.dtype.itemsize > 1 or self.dim % 8 == 0
@@ -213,10 +212,10 @@ class _Call:
             self.repeatable.append(gpu.Repeatable(compiled, kernel, programs, arguments))
 
     def weights_of(self, chunk: Chunk) -> None:
-        """The chunk's head weights as kernels want them: float32, aligned to 16 bytes, the heads of a row together."""
+        """The chunk's head weights as kernels want them: float32, aligned, the heads of a row together."""
         batch, query = divmod(chunk.first_row, self.queries)
         here = self.weights[batch : batch + chunk.batches, query : query + chunk.of_batch]
-        if here.dtype != torch.float32 or not here.is_contiguous() or here.data_ptr() % 16:
+        if here.dtype != torch.float32 or not here.is_contiguous() or here.data_ptr() % WEIGHTS_ALIGNED:
             if self.space.weights is None:
                 shape = (self.plan.chunks[0].rows, here.shape[2])
                 self.space.weights = torch.empty(shape, dtype=torch.float32, device=self.device)

@@ -20,7 +20,7 @@ class Workspace:
     counts, rank, pairs, items: the pairs by block, see :mod:`.group`, where they are listed.
     candidates, guess, column_counts: of rows too long for one program, see :mod:`.long_rows`.
     packed: of rows sorted in tiles, see :func:`.finish.sort_tiles_kernel`, in the place of score_bits.
-    wide, wide_rows, wide_desc: float8 queries in the means' dtype, where they are copied; see
+    wide, wide_desc: float8 queries in the means' dtype, where they are copied; see
     :func:`.coarse.widen_queries_kernel`.
     """
 
