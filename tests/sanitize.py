@@ -52,6 +52,7 @@ OPTIONS = {"memcheck": {"--padding": "32", "--check-tensor-ops": "yes"}}
 ERRORS_FOUND = 99
 # What runs on sm_90 alone; every other kernel of the package runs on every GPU.
 ON_HOPPER = {"refine_by_block_hopper_kernel", "coarse_hopper_kernel", "widen_queries_kernel"}
+ON_HOPPER |= {"probe_blocks_hopper_kernel"}
 
 
 class Sizes(NamedTuple):
@@ -84,6 +85,16 @@ CASES: dict[str, tuple[Sizes, torch.dtype, dict[str, Any]]] = {
     "pruned, plain, bfloat16": (BY_BLOCK, torch.bfloat16, PLAIN),
     "pruned, plain, float8, everything": (BY_BLOCK, FP8, {"everything": True} | PLAIN),
     "pruned, plain, float8, whole tiles": (WHOLE_TILES, FP8, PLAIN),
+    "pruned by the probe, bfloat16": (BY_BLOCK, torch.bfloat16, {"coarse": "probe"}),
+    "pruned by the probe, float8": (BY_BLOCK, FP8, {"coarse": "probe"}),
+    "pruned by the probe, float8, everything": (BY_BLOCK, FP8, {"everything": True, "coarse": "probe"}),
+    "pruned by the probe, float8, whole tiles": (WHOLE_TILES, FP8, {"coarse": "probe"}),
+    "pruned by the probe, plain, float16": (BY_BLOCK, torch.float16, {"coarse": "probe"} | PLAIN),
+    "pruned by the probe, float32, in chunks": (
+        BY_BLOCK,
+        torch.float32,
+        {"coarse": "probe", "config": {"WORKSPACE_BYTES": 40_000, "FEW_ROWS": 1}},
+    ),
     "pruned, by row, bfloat16, given means": (BY_ROW, torch.bfloat16, {"pooled": True}),
     "pruned, by row, float8, everything": (BY_ROW, FP8, {"everything": True, "mark_hidden": True}),
     "pruned, by row, float32": (BY_BLOCK, torch.float32, {}),
@@ -129,7 +140,7 @@ def make(sizes: Sizes, dtype: torch.dtype, how: dict[str, Any]) -> Case:
         case["k_weight"] = torch.tensor([1.0, -2.0, 0.5])[token // 2 % 3].to(DEVICE)
     if how.get("pooled"):
         case["k_pooled"] = launch.pool_keys_triton(case["k"], sizes.block_size, None, None, None)
-    return case | {name: how[name] for name in ("sorted", "mark_hidden") if name in how}
+    return case | {name: how[name] for name in ("sorted", "mark_hidden", "coarse") if name in how}
 
 
 def on_cpu(x: Any) -> Any:
@@ -160,7 +171,7 @@ def drive(wanted: str) -> None:
             on_hopper |= gpu.is_hopper(case["q"])
             got = tuple(on_cpu(x) for x in call(case))
         seen.update(kernel.__name__ for kernel in kernels)
-        expected = reference.indexer_topk(**{key: on_cpu(x) for key, x in case.items()})
+        expected = reference.indexer_topk(**{"coarse": "paper"} | {key: on_cpu(x) for key, x in case.items()})
         if not case.get("sorted", True):
             got, expected = canonical(*got), canonical(*expected)
         assert_equal(got, expected)

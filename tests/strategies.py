@@ -3,7 +3,7 @@
 Only sizes, choices and a seed are drawn; tensors are built from them with a ``torch.Generator``, which is
 fast and shrinks well.
 
-Integer values (``values="integers"``) are chosen so that every product, sum and block mean is exact in
+Integer values (``values="integers"``) are chosen so that every product, sum, block mean and probe is exact in
 float32 in any order of summation: two right implementations agree bit for bit, and ties are frequent.
 """
 
@@ -15,6 +15,7 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
+from hisa_compile.ops.coarse import COARSE_STAGES, PROBE
 from hisa_compile.ops.reference import pooled_dtype
 
 FLOAT8 = torch.float8_e4m3fn
@@ -24,6 +25,8 @@ LAYOUTS = ("contiguous", "transposed", "strided", "unaligned")
 # digits for it, and need it less: their means are rounded to 8 bits.
 KEY_UNIT = {torch.float32: 840, torch.float16: 840, torch.bfloat16: 1, FLOAT8: 1}
 LARGEST_EXACT_BLOCK = 8
+# With so many heads the probe is cheap enough to be the default stage, up to a little more than 2 m B tokens.
+MANY_HEADS = 17
 
 
 class Call(NamedTuple):
@@ -93,12 +96,17 @@ def make_values(
 
 
 def with_means(call: Call, seed: int, layout: str = "contiguous") -> Call:
-    """The call with block means that are not its keys': small integers, some NaN; every dtype holds them."""
+    """The call with block means that are not its keys': small integers, some NaN; every dtype holds them.
+
+    The probe does not take means, so that a call for it leaves the stage open.
+    """
     generator = torch.Generator().manual_seed(seed)
     batch, tokens, dim = call.k.shape
     blocks = -(-tokens // call.options["block_size"])
     means = integers(generator, -3, 3, batch, blocks, dim).float()
     means[integers(generator, 0, 15, batch, blocks) == 0] = float("nan")
+    if call.options.get("coarse") == PROBE:
+        call = call.with_options(coarse=None)
     return call.with_options(k_pooled=relayout(means.to(pooled_dtype(call.k.dtype)), layout))
 
 
@@ -146,22 +154,30 @@ def calls(
     special: bool = True,
     masks: bool = True,
     segments: bool | None = None,
+    coarse: tuple[str | None, ...] = (None, *COARSE_STAGES),
 ) -> Call:
-    """A whole call: budget, visibility in any combination and broadcast shape, fills, NaN and inf keys.
+    """A whole call: budget, visibility in any combination and broadcast shape, fills, NaN and inf keys, any stage.
 
     Args:
         values: "integers" (exact in float32) or "gaussian".
         special: NaN and, where the dtype has it, inf in some keys.
         masks: draw free-form masks too.
         segments: with segments or without; both unless given.
+        coarse: the coarse stages to draw from, None is that of the operator's choice: "paper" unless "probe" is among
+            them too, as there are too few heads for it.
     """
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32), label="seed"))
     dtype = draw(st.sampled_from(dtypes))
     batch, queries = draw(st.integers(1, 3)), draw(st.integers(1, max_queries))
-    tokens, heads, dim = draw(st.integers(1, max_tokens)), draw(st.integers(1, 4)), draw(st.integers(1, max_dim))
+    many_heads = st.just(MANY_HEADS) if {None, PROBE} <= {*coarse} else st.nothing()
+    tokens, dim = draw(st.integers(1, max_tokens)), draw(st.integers(1, max_dim))
+    heads = draw(st.integers(1, 4) | many_heads)
     block_size, block_topk = draw(st.integers(1, LARGEST_EXACT_BLOCK)), draw(st.integers(2, 6))
     topk = draw(st.integers(0, block_size * block_topk))
     options: dict[str, Any] = {"block_size": block_size, "block_topk": block_topk}
+    stage = draw(st.sampled_from(coarse), label="coarse")
+    if stage is not None:
+        options["coarse"] = stage
     q, k, weights = make_values(generator, (batch, queries, tokens, heads, dim), dtype, values)
     if special and draw(st.booleans(), label="special values"):
         for value in (float("nan"),) if dtype == FLOAT8 else (float("nan"), float("inf"), float("-inf")):

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from hisa_compile import indexer_topk
 from hisa_compile.ops import reference
+from hisa_compile.ops.coarse import COARSE_STAGES
 from hisa_compile.ops.cpu import _rank
+
+STAGES = pytest.mark.parametrize("coarse", COARSE_STAGES)
 
 
 def assert_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -51,7 +54,7 @@ def score_tolerance(call: Call) -> Tensor:
 
 
 @settings(max_examples=150, deadline=None)
-@given(calls(values="gaussian", dtypes=DTYPES, layouts=LAYOUTS, max_dim=40, special=False))
+@given(calls(values="gaussian", dtypes=DTYPES, layouts=LAYOUTS, max_dim=40, special=False, coarse=("paper",)))
 def test_scores_are_the_tokens_own_and_no_better_candidate_is_left_out(call: Call) -> None:
     """Against float64, within the error that float32 accumulation has for these very numbers."""
     call = call.with_options(mark_hidden=False, sorted=True)
@@ -118,7 +121,8 @@ def kept(lower: Tensor, upper: Tensor, eligible: Tensor, block_topk: int) -> Ten
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_poison_in_hidden_keys_changes_nothing(dtype: torch.dtype, value: float) -> None:
+@STAGES
+def test_poison_in_hidden_keys_changes_nothing(coarse: str, dtype: torch.dtype, value: float) -> None:
     """Keys hidden by key_valid or by every window may hold NaN or inf in value and scale."""
     generator = torch.Generator().manual_seed(5)
     q, k, weights = make_values(generator, (2, 6, 200, 3, 8), dtype, "gaussian")
@@ -126,7 +130,7 @@ def test_poison_in_hidden_keys_changes_nothing(dtype: torch.dtype, value: float)
     start, end = torch.full((6,), 33, dtype=torch.int32), torch.arange(150, 156, dtype=torch.int32)
     k_scale = torch.rand(2, 200, generator=generator) + 0.5
     options: dict[str, Any] = {"block_size": 8, "block_topk": 4, "key_valid": key_valid}
-    options |= {"window_start": start, "window_end": end}
+    options |= {"window_start": start, "window_end": end, "coarse": coarse}
     hidden = ~key_valid | (torch.arange(200) < 33) | (torch.arange(200) >= 155)
     poisoned = torch.where(hidden[..., None], value, k.float()).to(dtype)
     poisoned_scale = torch.where(hidden, value, k_scale)
@@ -136,13 +140,15 @@ def test_poison_in_hidden_keys_changes_nothing(dtype: torch.dtype, value: float)
         assert not clean[1].isnan().any()
 
 
-def test_a_key_hidden_from_some_queries_only_leaves_those_untouched() -> None:
+@STAGES
+def test_a_key_hidden_from_some_queries_only_leaves_those_untouched(coarse: str) -> None:
     """A NaN key behind the causal edge does not reach the queries before it, and ranks first after it."""
     q, k, weights = make_values(torch.Generator().manual_seed(6), (1, 100, 100, 2, 4), torch.float32, "integers")
     end = torch.arange(1, 101, dtype=torch.int32)
     poisoned = k.clone()
     poisoned[:, 50] = float("nan")
-    clean, dirty = (indexer_topk(q, x, weights, 8, block_size=4, block_topk=4, window_end=end) for x in (k, poisoned))
+    options: dict[str, Any] = {"block_size": 4, "block_topk": 4, "window_end": end, "coarse": coarse}
+    clean, dirty = (indexer_topk(q, x, weights, 8, **options) for x in (k, poisoned))
     assert_equal((dirty[0][:, :50], dirty[1][:, :50]), (clean[0][:, :50], clean[1][:, :50]))
     assert (dirty[0][:, 50:, 0] == 50).all()
     assert dirty[1][:, 50:, 0].isnan().all()
@@ -150,11 +156,12 @@ def test_a_key_hidden_from_some_queries_only_leaves_those_untouched() -> None:
 
 @pytest.mark.parametrize("empty", range(5), ids=["no batch", "no query", "no token", "no head", "no dim"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_empty_sizes_give_results_of_the_right_shape(empty: int, dtype: torch.dtype) -> None:
+@STAGES
+def test_empty_sizes_give_results_of_the_right_shape(coarse: str, empty: int, dtype: torch.dtype) -> None:
     """B, S, T, H or D of 0 is no error; with H or D of 0 all scores are 0 and positions ascend."""
     shape = tuple(0 if i == empty else size for i, size in enumerate((2, 3, 20, 2, 4)))
     q, k, weights = make_values(torch.Generator().manual_seed(0), shape, dtype, "integers")
-    options = {"block_size": 2, "block_topk": 3}
+    options: dict[str, Any] = {"block_size": 2, "block_topk": 3, "coarse": coarse}
     actual = indexer_topk(q, k, weights, 5, **options)
     assert actual[0].shape == actual[1].shape == (*shape[:2], min(5, shape[2]))
     assert (actual[0].dtype, actual[1].dtype) == (torch.int32, torch.float32)
@@ -173,11 +180,12 @@ def test_topk_of_zero_and_fewer_tokens_than_topk() -> None:
     ("start", "end"),
     [(-(2**31), 2**31 - 1), (2**31 - 1, -(2**31)), (30, 10), (-5, 0), (40, 90), (7, 7), (100, 200), (-9, 3)],
 )
-def test_hostile_windows_mean_what_they_say(start: int, end: int) -> None:
+@STAGES
+def test_hostile_windows_mean_what_they_say(coarse: str, start: int, end: int) -> None:
     """Any int32 is a valid bound, also where adding to it would overflow."""
     q, k, weights = make_values(torch.Generator().manual_seed(1), (1, 2, 50, 2, 4), torch.float32, "integers")
     options: dict[str, Any] = {"window_start": torch.tensor(start).int(), "window_end": torch.tensor(end).int()}
-    options |= {"block_size": 4, "block_topk": 3}
+    options |= {"block_size": 4, "block_topk": 3, "coarse": coarse}
     actual = indexer_topk(q, k, weights, 12, **options)
     assert_equal(actual, reference.indexer_topk(q, k, weights, 12, **options))
     visible = [t for t in range(50) if start <= t < end]
@@ -227,7 +235,8 @@ def test_the_integer_rank_orders_scores_as_the_contract_does() -> None:
 
 
 @pytest.mark.parametrize("name", ["q", "k", "weights", "key_valid", "mask", "window_end", "k_scale"])
-def test_expanded_arguments_equal_their_copies(name: str) -> None:
+@STAGES
+def test_expanded_arguments_equal_their_copies(coarse: str, name: str) -> None:
     """A stride of 0, in the batch or anywhere, is a layout as any other."""
     shape = (3, 4, 60, 2, 8)
     generator = torch.Generator().manual_seed(2)
@@ -239,42 +248,46 @@ def test_expanded_arguments_equal_their_copies(name: str) -> None:
     given_["k_scale"] = torch.rand(3, 60, generator=generator)
     given_[name] = given_[name][:1].expand(3, *given_[name].shape[1:])
     copies = {key: x.clone(memory_format=torch.contiguous_format) for key, x in given_.items()}
-    options = {"topk": 10, "block_size": 4, "block_topk": 4}
+    options: dict[str, Any] = {"topk": 10, "block_size": 4, "block_topk": 4, "coarse": coarse}
     assert_equal(indexer_topk(**given_, **options), indexer_topk(**copies, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_argument_is_written_to(dtype: torch.dtype) -> None:
+@STAGES
+def test_no_argument_is_written_to(coarse: str, dtype: torch.dtype) -> None:
     """Inputs hold the same bits afterwards."""
     q, k, weights = make_values(torch.Generator().manual_seed(0), (2, 3, 70, 2, 8), dtype, "integers")
     k = relayout(k, "strided")
     before = [x.clone() for x in (q, k, weights)]
     end = torch.tensor([3, 50, 90]).int()
-    indexer_topk(q, k, weights, 12, block_size=4, block_topk=3, window_end=end)
+    indexer_topk(q, k, weights, 12, block_size=4, block_topk=3, window_end=end, coarse=coarse)
     for x, copy in zip((q, k, weights), before, strict=True):
         assert torch.equal(x.float(), copy.float())
     assert end.tolist() == [3, 50, 90]
 
 
-def test_float32_products_do_not_follow_the_process_wide_precision() -> None:
+@STAGES
+def test_float32_products_do_not_follow_the_process_wide_precision(coarse: str) -> None:
     """set_float32_matmul_precision("medium") allows bfloat16 products; the operator does not use them."""
     q, k, weights = make_values(torch.Generator().manual_seed(4), (1, 8, 512, 8, 64), torch.float32, "gaussian")
-    expected = indexer_topk(q, k, weights, 64)
+    expected = indexer_topk(q, k, weights, 64, coarse=coarse)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         allowed = torch.backends.mkldnn.matmul.fp32_precision
-        assert_equal(indexer_topk(q, k, weights, 64), expected)
+        assert_equal(indexer_topk(q, k, weights, 64, coarse=coarse), expected)
         assert torch.backends.mkldnn.matmul.fp32_precision == allowed != "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def test_the_default_device_and_dtype_have_no_part_in_it() -> None:
+@STAGES
+def test_the_default_device_and_dtype_have_no_part_in_it(coarse: str) -> None:
     """Tensors that the operator makes for itself follow its inputs, not torch's defaults."""
     call = make_values(torch.Generator().manual_seed(4), (2, 3, 90, 2, 8), torch.float32, "gaussian")
     end = torch.tensor([1, 60, 90]).int()
     options: dict[str, Any] = {"block_size": 4, "block_topk": 4, "window_end": end, "mask": torch.arange(90) % 3 > 0}
+    options["coarse"] = coarse
     for topk in (8, 16):
         expected = indexer_topk(*call, topk, **options)
         torch.set_default_dtype(torch.float64)

@@ -144,12 +144,19 @@ WRONG_TENSORS: dict[str, tuple[type[Exception], dict[str, Any], tuple[str, ...]]
         },
         ("k_pooled:", "float8_e4m3fn", "expected torch.bfloat16"),
     ),
+    "k_pooled for the probe": (
+        ValueError,
+        {"k_pooled": torch.zeros(B, 10, D), "coarse": "probe"},
+        ("k_pooled: got means of blocks, expected None", "coarse='probe'"),
+    ),
     "k_scale of 3 dims": (ValueError, {"k_scale": torch.ones(B, T, 1)}, ("k_scale:", "[2, 40, 1]", "[2, 40]")),
 }
 WRONG_BUDGETS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "negative topk": ({"topk": -1}, ("topk:", "-1", ">= 0")),
     "block_size 0": ({"block_size": 0}, ("block_size:", "0", ">= 1")),
     "block_topk 1": ({"block_topk": 1}, ("block_topk:", "1", ">= 2", "first and the last")),
+    "coarse of no stage": ({"coarse": "mean"}, ("coarse: got 'mean', expected None or one of 'paper', 'probe'",)),
+    "coarse of no name": ({"coarse": ""}, ("coarse: got '', expected None or one of 'paper', 'probe'",)),
     "too few candidates": ({"topk": 17}, ("block_topk * block_size:", "4 * 4 = 16", "topk = 17")),
 }
 
@@ -184,7 +191,7 @@ def run(call: dict[str, Any], where: str, function: Callable[..., Any] = indexer
 def test_an_impossible_budget_is_named_with_what_was_needed(
     changes: dict[str, Any], parts: tuple[str, ...], where: str
 ) -> None:
-    """Parameters out of range, and m * B < topk."""
+    """Parameters out of range, stages that there are not, and m * B < topk."""
     with pytest.raises(ValueError, match=":") as error:
         run(arguments(**changes), where)
     assert_says(error, parts)

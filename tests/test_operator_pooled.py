@@ -171,8 +171,11 @@ def test_a_gradient_through_means_is_refused_with_advice() -> None:
         scores.sum().backward()
 
 
+PAPER = ("paper",)
+
+
 @settings(max_examples=200, deadline=None)
-@given(calls(values="gaussian", dtypes=DTYPES, layouts=LAYOUTS, max_dim=24), st.sampled_from(LAYOUTS))
+@given(calls(values="gaussian", dtypes=DTYPES, layouts=LAYOUTS, max_dim=24, coarse=PAPER), st.sampled_from(LAYOUTS))
 def test_the_keys_own_means_change_no_bit(call: Call, layout: str) -> None:
     """On the CPU: with any budget, visibility, factors, NaN and inf, and in any layout of the means."""
     means = relayout(pool_keys(call.k, **pool_arguments(call)), layout)
@@ -184,7 +187,7 @@ def test_the_keys_own_means_change_no_bit(call: Call, layout: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(calls(values="gaussian", dtypes=(*DTYPES, torch.float64), layouts=LAYOUTS[:2], max_dim=24))
+@given(calls(values="gaussian", dtypes=(*DTYPES, torch.float64), layouts=LAYOUTS[:2], max_dim=24, coarse=PAPER))
 def test_the_keys_own_means_change_no_bit_of_the_reference(call: Call) -> None:
     """float64 included, whose means are float64."""
     means = reference.block_means(call.k, **pool_arguments(call))
@@ -287,7 +290,7 @@ def test_the_mean_of_a_block_with_no_visible_token_never_matters(how: str, value
 def test_no_block_is_ranked_where_every_block_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given means are no reason to run the coarse filter."""
     q, k, weights = make_values(torch.Generator().manual_seed(5), (2, 6, 33, 3, 8), torch.float32, "gaussian")
-    monkeypatch.setattr(cpu, "_hierarchical", lambda *_: pytest.fail("blocks were ranked"))
+    monkeypatch.setattr(cpu, "_kept_blocks", lambda *_: pytest.fail("blocks were ranked"))
     indexer_topk(q, k[:, :32], weights, 20, block_size=8, block_topk=4, k_pooled=pool_keys(k[:, :32], 8))
     with pytest.raises(pytest.fail.Exception, match="ranked"):
         indexer_topk(q, k, weights, 20, block_size=8, block_topk=4, k_pooled=pool_keys(k, 8))

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from hisa_compile import indexer_topk
 from hisa_compile.ops import Budget, Visibility, reference
+from hisa_compile.ops.coarse import COARSE_STAGES
 from hisa_compile.ops.cpu import indexer_topk_cpu
 
 
@@ -87,14 +88,27 @@ def test_any_slicing_of_the_queries_gives_the_same_bits(call: Call, data: st.Dat
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "dim", "block_topk"), [(16, 64, 16), (64, 128, 16), (3, 33, 100), (1, 1, 16)])
+@pytest.mark.parametrize(
+    ("heads", "dim", "block_topk", "coarse"),
+    [
+        (16, 64, 16, "paper"),
+        (64, 128, 16, "paper"),
+        (3, 33, 100, "paper"),
+        (1, 1, 16, "paper"),
+        (16, 64, 16, "probe"),
+        (64, 128, 16, "probe"),
+        (3, 33, 16, "probe"),
+        (1, 1, 16, "probe"),
+    ],
+)
 def test_bits_do_not_depend_on_batch_and_slicing_at_model_sizes(
-    dtype: torch.dtype, heads: int, dim: int, block_topk: int
+    dtype: torch.dtype, heads: int, dim: int, block_topk: int, coarse: str
 ) -> None:
     """The same at sizes where a BLAS changes its kernels, pruned and exact, with fills and a ragged end."""
     q, k, weights = make_values(torch.Generator().manual_seed(8), (3, 7, 3001, heads, dim), dtype, "gaussian")
     end = torch.tensor([2, 40, 700, 1500, 2900, 3001, 3001]).int()
-    call = Call(q, k, weights, 128, {"block_size": 32, "block_topk": block_topk, "window_end": end})
+    options = {"block_size": 32, "block_topk": block_topk, "window_end": end, "coarse": coarse}
+    call = Call(q, k, weights, 128, options)
     whole = call.run(indexer_topk)
     for b in (0, 2):
         for s in (0, 1, 3, 6):
@@ -104,11 +118,13 @@ def test_bits_do_not_depend_on_batch_and_slicing_at_model_sizes(
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(1, 1), (1, 64), (2, 8), (3, 33), (16, 64), (5, 256), (64, 128)])
-@pytest.mark.parametrize("block_topk", [10, 100], ids=["pruned", "exact"])
-def test_the_same_query_has_the_same_bits_in_every_row(heads: int, dim: int, block_topk: int) -> None:
+@pytest.mark.parametrize(("block_topk", "coarse"), [(10, "paper"), (10, "probe"), (100, None)])
+def test_the_same_query_has_the_same_bits_in_every_row(
+    heads: int, dim: int, block_topk: int, coarse: str | None
+) -> None:
     """19 copies in each of 3 equal batch entries: every place in a group of rows, and groups of mixed entries."""
     q, k, weights = make_values(torch.Generator().manual_seed(9), (1, 1, 790, heads, dim), torch.float32, "gaussian")
-    call = Call(q, k, weights, 64, {"block_size": 8, "block_topk": block_topk})
+    call = Call(q, k, weights, 64, {"block_size": 8, "block_topk": block_topk, "coarse": coarse})
     alone = call.run(indexer_topk)
     copies = call._replace(q=q.repeat(3, 19, 1, 1), k=k.repeat(3, 1, 1), weights=weights.repeat(3, 19, 1))
     assert_same_bits(copies.run(indexer_topk), tuple(x.expand(3, 19, 64) for x in alone))
@@ -153,7 +169,8 @@ def test_unsorted_and_marked_results_are_the_same_selection(call: Call) -> None:
 def test_the_selection_is_the_flat_one_where_all_visible_blocks_fit(call: Call) -> None:
     """Per row: at most m eligible blocks, or T <= m * B, then positions and scores are flat_topk's."""
     call = call.with_options(sorted=True)
-    flat_options = {name: x for name, x in call.options.items() if name not in ("block_size", "block_topk")}
+    budget = ("block_size", "block_topk", "coarse")
+    flat_options = {name: x for name, x in call.options.items() if name not in budget}
     expected = reference.flat_topk(call.q, call.k, call.weights, call.topk, **flat_options)
     actual = call.run(indexer_topk)
     size, block_topk = call.options["block_size"], call.options["block_topk"]
@@ -180,13 +197,15 @@ def test_the_first_and_the_last_eligible_block_are_kept(call: Call) -> None:
         assert set(chosen) >= {t for t in seen if t // size in ends}
 
 
-def test_the_last_of_equal_blocks_and_tokens_lose() -> None:
+@pytest.mark.parametrize("coarse", COARSE_STAGES)
+def test_the_last_of_equal_blocks_and_tokens_lose(coarse: str) -> None:
     """With equal keys all scores tie: the first blocks, the last one, and in them the lowest positions."""
     q, k, weights = torch.ones(1, 1, 2, 4), torch.ones(1, 40, 4), torch.ones(1, 1, 2)
-    indices, scores = indexer_topk(q, k, weights, 12, block_size=4, block_topk=3)
+    budget: dict[str, Any] = {"block_size": 4, "block_topk": 3, "coarse": coarse}
+    indices, scores = indexer_topk(q, k, weights, 12, **budget)
     assert indices.tolist() == [[[*range(8), 36, 37, 38, 39]]]
     assert (scores == 8).all()
-    assert indexer_topk(q, k, weights, 10, block_size=4, block_topk=3)[0].tolist() == [[[*range(8), 36, 37]]]
+    assert indexer_topk(q, k, weights, 10, **budget)[0].tolist() == [[[*range(8), 36, 37]]]
 
 
 class LiveBytes(TorchDispatchMode):

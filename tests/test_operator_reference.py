@@ -31,11 +31,75 @@ def by_score(scores: dict[int, float]) -> list[int]:
     return sorted(scores, key=lambda p: (not math.isnan(scores[p]), 0.0 if math.isnan(scores[p]) else -scores[p], p))
 
 
+def probe_of_tokens(
+    heads: Sequence[Sequence[float]],
+    weights: Sequence[float],
+    keys: Sequence[Sequence[float]],
+    scales: Sequence[float],
+    factors: Sequence[float],
+    dtype: torch.dtype,
+) -> list[float]:
+    """p of every token (ops/coarse.py): two heads, of no more digits than ``dtype`` has, in units of their own."""
+    sums = []
+    for sign in (1.0, -1.0):
+        own = [(relu(sign * w), head) for w, head in zip(weights, heads, strict=True)]
+        sums.append([sum((w * head[d] for w, head in own), 0.0) for d in range(len(heads[0]))])
+    greatest = max((abs(x) for x in sums[0] + sums[1]), key=lambda x: (math.isnan(x), x))
+    unit = 1.0
+    if 0 < greatest < INF:
+        while greatest * unit < 128:
+            unit *= 2
+        while greatest * unit >= 256:
+            unit /= 2
+    both = torch.tensor(sums, dtype=torch.float64) * unit
+    if dtype.itemsize == 1:
+        # torch's own rounding of inf depends on its version.
+        both = both.masked_fill(both.isinf(), math.nan)
+    plus, minus = both.to(dtype).double().tolist()
+    probed = []
+    for f, scale, key in zip(factors, scales, keys, strict=True):
+        x, y = (sum((a * b for a, b in zip(head, key, strict=True)), 0.0) for head in (plus, minus))
+        # ReLU(scale x) - ReLU(scale y), and NaN where infinities meet.
+        probed.append(f * ((x - y) + (-1 if scale < 0 else 1) * (abs(x) - abs(y))) * scale / 2)
+    return probed
+
+
+def probe_of_blocks(probed: Sequence[float], visible: Sequence[bool], size: int, topk: int) -> dict[int, float]:
+    """What every eligible block is worth to the probe (reference.probe_block_scores)."""
+    tokens, topk = len(probed), max(1, topk)
+    stride = max(1, topk // 16, math.ceil(tokens / 8192))
+    places = [i * stride + i * 7919 % stride for i in range(math.ceil(tokens / stride))]
+    sample = {t: probed[t] for t in places if t < tokens and visible[t] and not math.isnan(probed[t])}
+    threshold = cap = 0.0
+    if sample:
+        best_first = [sample[t] for t in by_score(sample)]
+        rank = min(len(sample), max(1, 3 * topk // (2 * stride)))
+        threshold = best_first[rank - 1]
+        more = best_first[(rank + 1) // 2 - 1] - threshold
+        cap = 2.0 ** math.floor(math.log2(more)) if 0 < more < 2.0**127 else 0.0
+    worths = {}
+    for first in range(0, tokens, size):
+        seen = [probed[t] for t in range(first, min(first + size, tokens)) if visible[t]]
+        if seen:
+            best = math.nan if any(map(math.isnan, seen)) else max(seen) - threshold
+            capped = (min(x - threshold, cap) for x in seen if x > threshold)
+            worths[first // size] = sum(capped, 0.0) + best / 2 if best > 0 else best
+    return worths
+
+
+def stage_of(call: Call) -> str:
+    """The coarse stage: what is given, else the means where they are at hand or the probe is not cheap."""
+    budget = call.options["block_size"] * call.options["block_topk"]
+    cheap = 2 * call.k.shape[1] <= 0.25 * call.q.shape[2] * budget
+    return call.options.get("coarse") or ("probe" if cheap and "k_pooled" not in call.options else "paper")
+
+
 def select_for_one_query(call: Call, batch: int, query: int) -> tuple[list[int], list[float]]:
     """The contract (docs/operator.md) for one query: positions and scores in sorted order."""
     tokens, options = call.k.shape[1], call.options
     rows = call.q.shape[:2]
-    keys: list[list[float]] = call.k[batch].double().tolist()
+    plain: list[list[float]] = call.k[batch].double().tolist()
+    keys, scales = plain, [1.0] * tokens
     if "k_scale" in options:
         scales = options["k_scale"][batch].tolist()
         keys = [[x * scale for x in key] for key, scale in zip(keys, scales, strict=True)]
@@ -54,15 +118,19 @@ def select_for_one_query(call: Call, batch: int, query: int) -> tuple[list[int],
     size = options["block_size"]
     blocks = [range(first, min(first + size, tokens)) for first in range(0, tokens, size)]
     eligible = [b for b, block in enumerate(blocks) if any(visible[t] for t in block)]
-    means = {}
-    for b in eligible:
-        held = [[abs(factors[t]) * x for x in keys[t]] for t in blocks[b] if valid[t]]
-        mean = [sum(column) / len(held) for column in zip(*held, strict=True)]
-        if "k_pooled" in options:
-            mean = options["k_pooled"][batch, b].double().tolist()
-        means[b] = score(heads, weights, mean)
+    if stage_of(call) == "probe":
+        probed = probe_of_tokens(heads, weights, plain, scales, factors, call.q.dtype)
+        worths = probe_of_blocks(probed, visible, size, call.topk)
+    else:
+        worths = {}
+        for b in eligible:
+            held = [[abs(factors[t]) * x for x in keys[t]] for t in blocks[b] if valid[t]]
+            mean = [sum(column) / len(held) for column in zip(*held, strict=True)]
+            if "k_pooled" in options:
+                mean = options["k_pooled"][batch, b].double().tolist()
+            worths[b] = score(heads, weights, mean)
     ends = {eligible[0], eligible[-1]} if eligible else set()
-    inner = by_score({b: s for b, s in means.items() if b not in ends})
+    inner = by_score({b: s for b, s in worths.items() if b not in ends})
     kept = ends | set(inner[: options["block_topk"] - len(ends)])
 
     own = {t: factors[t] * score(heads, weights, keys[t]) for t in range(tokens)}
@@ -108,6 +176,18 @@ def test_float64_means_are_compared_in_float64() -> None:
         means = 1 + 2.0**-40 * (torch.arange(5) == best).double().view(1, 5, 1)
         indices, _ = reference.indexer_topk(one, k, one[0], 6, block_size=2, block_topk=3, k_pooled=means)
         assert indices.tolist() == [[[9, 8, 2 * best + 1, 2 * best, 1, 0]]]
+
+
+def test_float64_heads_are_summed_in_float64() -> None:
+    """A head of 2^-40 beside one of 1 tells the best block, and float32 inputs would tie them."""
+    q = torch.tensor([[1.0, 1.0], [2.0**-40, 0.0]], dtype=torch.float64).view(1, 1, 2, 2)
+    for best in (1, 2, 3):
+        # (1, 0) in the best block, else (0, 1).
+        k = torch.eye(2, dtype=torch.float64)[(torch.arange(10) // 2 != best).long()][None]
+        for dtype, kept in ((torch.float64, best), (torch.float32, 1)):
+            call = Call(q.to(dtype), k.to(dtype), torch.ones(1, 1, 2).to(dtype), 6, {"block_size": 2, "block_topk": 3})
+            indices, _ = call.with_options(coarse="probe").run(reference.indexer_topk)
+            assert sorted(indices[0, 0].tolist()) == [0, 1, 2 * kept, 2 * kept + 1, 8, 9]
 
 
 def test_the_reference_computes_float64_in_float64() -> None:

@@ -63,6 +63,11 @@ SAMPLES = {
     "no token in segments": sample(
         shape=(2, 3, 0, 2, 8), q_segment=torch.arange(3), k_segment=torch.zeros(2, 0).long(), k_weight=torch.zeros(2, 0)
     ),
+    "the paper's stage": sample(coarse="paper"),
+    "probe": sample(coarse="probe"),
+    "probe of float8": sample(FLOAT8, layout="strided", coarse="probe"),
+    "probe with every option": sample(**{n: x for n, x in every_option().items() if n != "k_pooled"}, coarse="probe"),
+    "probe of no token": sample(shape=(2, 3, 0, 2, 8), coarse="probe"),
     "derived budget": Call(*sample()[:3], 5, {}),
     "no batch": sample(shape=(0, 3, 40, 2, 8)),
     "no query": sample(shape=(2, 0, 40, 2, 8)),
@@ -77,7 +82,7 @@ def test_positions_of_arguments_stay() -> None:
     """Graphs made by earlier versions pass them by position; what came later comes last."""
     names = [argument.name for argument in OPERATOR._schema.arguments]
     first = "q k weights topk block_size block_topk window_start window_end key_valid mask k_scale sorted mark_hidden"
-    assert names == [*first.split(), "q_segment", "k_segment", "k_weight", "k_pooled"]
+    assert names == [*first.split(), "q_segment", "k_segment", "k_weight", "k_pooled", "coarse"]
 
 
 @cases

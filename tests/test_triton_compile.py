@@ -65,6 +65,7 @@ def record(
     budget: Budget = Budget(128, 64),  # noqa: B008
     everything: bool = False,
     optional: dict[str, Tensor] | None = None,
+    coarse: str = "paper",
     **options: bool,
 ) -> list[Recorded]:
     """The launches of one call with a window's end and the ``optional`` tensors, or with ``everything``."""
@@ -89,7 +90,7 @@ def record(
     scale, weight = factors["k_scale"], factors["k_weight"]
     arguments = {"sorted": True, "mark_hidden": False} | options
     launch.indexer_topk_triton(
-        q, k, torch.zeros(1, queries, heads), topk, budget, visibility, scale, weight, **arguments
+        q, k, torch.zeros(1, queries, heads), topk, budget, visibility, scale, weight, **arguments, coarse=coarse
     )
     return launches
 
@@ -161,6 +162,64 @@ def test_every_kernel_compiles_with_all_optional_tensors_and_awkward_sizes(
     by_block = [recorded for recorded in many if "by_block" in recorded[0].__name__]
     assert len(by_block) == 1
     check(by_block, "sm_90")
+
+
+PROBE = {"two_heads_kernel", "probe_sample_kernel", "threshold_kernel"}
+PROBE |= {"probe_blocks_kernel", "probe_blocks_hopper_kernel"}
+
+
+def check_probe(launches: list[Recorded], arch: str) -> set[str]:
+    of_probe = [recorded for recorded in launches if recorded[0].__name__ in PROBE]
+    assert len(of_probe) == 4
+    check(of_probe, arch)
+    return {kernel.__name__ for kernel, *_ in of_probe}
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_probe_compiles(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, arch: str) -> None:
+    """No means are made; sm_90 has a version of its own where windows alone say what is visible."""
+    launches = record(monkeypatch, dtype, arch, queries=1024, coarse="probe")
+    assert not {"pool_kernel", "coarse_kernel", "coarse_hopper_kernel"} & {kernel.__name__ for kernel, *_ in launches}
+    hopper = "probe_blocks_hopper_kernel" in check_probe(launches, arch)
+    assert hopper == (arch == "sm_90" and dtype != torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_probe_compiles_with_all_optional_tensors_and_awkward_sizes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Several blocks in a tile, or a part of one, sizes that are no power of two, and a D of several parts."""
+    awkward: dict[str, Any] = {"heads": 5, "everything": True, "coarse": "probe", "topk": 300}
+    check_probe(record(monkeypatch, dtype, "sm_90", dim=200, budget=Budget(13, 30), **awkward), "sm_120")
+    check_probe(record(monkeypatch, dtype, "sm_90", dim=24, budget=Budget(300, 4), **awkward), "sm_120")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_layout_of_a_mask_does_not_decide_how_the_probe_adds_up(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Of one query an expanded mask has other strides than of many; the bits of a block's score must not."""
+
+    def sums(mask: Tensor) -> list[str]:
+        launches = record(monkeypatch, dtype, "sm_90", queries=1024, coarse="probe", optional={"mask": mask})
+        (found,) = (recorded for recorded in launches if recorded[0].__name__ == "probe_blocks_kernel")
+        code = compile_launch(found, "sm_90").asm["ttgir"]
+        layouts = dict(re.findall(r"^(#\w+) = (#ttg.*)$", code, re.MULTILINE))
+        added = re.findall(r"\}\) : \(tensor<[\dx]+xf32, (#\w+)>\) -> tensor", code)
+        assert added
+        return [layouts[name] for name in added]
+
+    wide = torch.ones(1, 1024, 16385, dtype=torch.bool)
+    assert sums(wide[:, :, :16384]) == sums(wide[:, :1, :16384].expand(1, 1024, 16384)) == sums(wide[:, :, 1:])
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_the_threshold_is_looked_for_in_a_loop(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
+    """Triton once optimised it away, where it ended when enough was found."""
+    launches = record(monkeypatch, torch.bfloat16, arch, coarse="probe")
+    (found,) = (recorded for recorded in launches if recorded[0].__name__ == "threshold_kernel")
+    assert "scf.for" in compile_launch(found, arch).asm["ttgir"]
 
 
 LOADS = {"pool_kernel", "coarse_kernel", "refine_by_row_kernel", "refine_by_block_hopper_kernel", "fill_kernel"}

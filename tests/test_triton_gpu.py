@@ -25,12 +25,14 @@ from triton_cases import (
     assert_equal,
     call,
     canonical,
+    check,
     gaussian_case,
     launched,
     random_bool,
     random_segments,
     real_case,
     run,
+    whole_case,
 )
 
 from hisa_compile.ops import Budget, Visibility
@@ -143,8 +145,9 @@ def test_every_block_kept_is_a_topk_of_all_tokens(dtype: torch.dtype) -> None:
         assert not surely.any()
 
 
+@pytest.mark.parametrize("coarse", ["paper", "probe"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
-def test_peak_memory_at_a_real_size(dtype: torch.dtype) -> None:
+def test_peak_memory_at_a_real_size(dtype: torch.dtype, coarse: str) -> None:
     """Below 64 MiB besides inputs and outputs; one chunk of rows and many."""
     for queries in (1024, 8192):
         case = real_case(dtype, queries)
@@ -163,6 +166,7 @@ def test_peak_memory_at_a_real_size(dtype: torch.dtype) -> None:
             None,
             True,
             False,
+            coarse=coarse,
         )
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before - sum(x.numel() * 4 for x in outputs)
@@ -185,6 +189,30 @@ def test_packed_sequences_at_the_papers_sizes(weighted: bool) -> None:
     seen = ~expected[1].isneginf()
     assert torch.equal(packed[0][seen], expected[0][seen])
     assert_equal((packed[0], packed[1]), (packed[0], expected[1]))
+
+
+@pytest.mark.parametrize("holes", [False, True], ids=["windows", "holes"])
+@pytest.mark.parametrize(("block_size", "block_topk"), [(16, 8), (64, 5), (128, 4), (192, 3), (256, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, FP8], ids=str)
+def test_the_probe_with_real_tiles(dtype: torch.dtype, block_size: int, block_topk: int, holes: bool) -> None:
+    """Bit for bit, with and without the version for sm_90, which windows alone and blocks of n * 64 tokens reach."""
+    batch, queries, tokens = 2, 100, 2048
+    budget = {"topk": 100, "block_size": 16, "block_topk": block_topk}
+    case = whole_case(queries, tokens, 64, 128, dtype, batch, **budget)
+    row = torch.arange(batch * queries, dtype=torch.int32, device=DEVICE).view(batch, queries)
+    case |= {"window_start": 5 * row - 9, "window_end": tokens - 1 - 3 * row}
+    case |= {"block_size": block_size, "coarse": "probe"}
+    token = torch.arange(tokens, device=DEVICE).expand(batch, -1)
+    if dtype == FP8 or holes:
+        case["k_scale"] = torch.tensor([0.5, 1.0, 2.0, -1.0], device=DEVICE)[token * 7 // 3 % 4]
+    if holes:
+        case["key_valid"] = token % 2 == 0
+        case["k_weight"] = torch.tensor([1.0, -2.0, 0.5], device=DEVICE)[token // 2 % 3]
+    with launched() as kernels:
+        check(case)
+    hopper = "probe_blocks_hopper_kernel" in {kernel.__name__ for kernel in kernels}
+    expected = gpu.is_hopper(case["q"]) and dtype != torch.float32 and block_size % 64 == 0 and not holes
+    assert hopper == expected
 
 
 def test_repeats_are_bitwise_equal() -> None:
@@ -219,15 +247,17 @@ def poison_freed_memory(sizes: list[int], pattern: int) -> list[tuple[int, int]]
 
 
 @pytest.mark.parametrize("in_order", [True, False], ids=["sorted", "unsorted"])
-@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "every block kept"])
+@pytest.mark.parametrize("pruned", ["paper", "probe", False], ids=["paper", "probe", "every block kept"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
-def test_repeats_in_poisoned_memory_are_bitwise_equal(dtype: torch.dtype, pruned: bool, in_order: bool) -> None:
+def test_repeats_in_poisoned_memory_are_bitwise_equal(dtype: torch.dtype, pruned: Any, in_order: bool) -> None:
     """20 runs at the paper's sizes, indices, scores and their order, in memory that the allocator hands out again.
 
     Bytes of FF and 7F are NaN in every dtype, and as integers -1 and a large number; 80 is the least integer.
     """
     case = real_case(dtype) | {"sorted": in_order}
-    if not pruned:
+    if pruned:
+        case["coarse"] = pruned
+    else:
         case["block_topk"] = case["k"].shape[1] // case["block_size"]
     with allocations() as found:
         first = call(case)

@@ -74,6 +74,12 @@ def prefill(dtype: torch.dtype, seed: int) -> Case:
     return case
 
 
+def probe(dtype: torch.dtype, seed: int) -> Case:
+    """The same by the probe, with windows alone, as sm_90's version has it."""
+    case = prefill(dtype, seed) | {"coarse": "probe"}
+    return {name: x for name, x in case.items() if name not in ("key_valid", "q_segment", "k_segment")}
+
+
 def decode(dtype: torch.dtype, seed: int) -> Case:
     """A query a sequence over a cache that keeps means; contexts of different length."""
     case = gaussian_case(4, 1, 32768, 64, 128, dtype, seed, topk=2048, block_size=128, block_topk=64)
@@ -93,7 +99,7 @@ def flat(dtype: torch.dtype, seed: int) -> Case:
 
 @pytest.mark.parametrize("in_order", [True, False], ids=["sorted", "unsorted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
-@pytest.mark.parametrize("shape", [prefill, decode, flat], ids=lambda shape: shape.__name__)
+@pytest.mark.parametrize("shape", [prefill, probe, decode, flat], ids=lambda shape: shape.__name__)
 def test_a_graph_of_any_shape_replays_on_other_inputs(shape: Any, dtype: torch.dtype, in_order: bool) -> None:
     """All tensors change between replays; a replay leaves nothing behind that the next one would find."""
     cases = [shape(dtype, seed) | {"sorted": in_order} for seed in range(5)]
@@ -116,7 +122,7 @@ def test_a_graph_of_any_shape_replays_on_other_inputs(shape: Any, dtype: torch.d
             assert_equal(captured, expected)
 
 
-@pytest.mark.parametrize("shape", [prefill, decode, flat], ids=lambda shape: shape.__name__)
+@pytest.mark.parametrize("shape", [prefill, probe, decode, flat], ids=lambda shape: shape.__name__)
 def test_nothing_waits_for_the_device(shape: Any) -> None:
     """torch raises at whatever of its own operations would; Triton's launches never do."""
     case = shape(torch.bfloat16, 0)

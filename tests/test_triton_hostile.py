@@ -93,6 +93,7 @@ def test_ties_by_the_thousand_go_to_the_lowest_positions(values: str, regime: st
     with tiles(), by_block:
         check(case)
         check(case | {"sorted": False})
+        check(case | {"coarse": "probe"})
         if values != "zeros":
             assert run(case)[1].unique().numel() <= 3
             return
@@ -130,10 +131,12 @@ def test_windows_may_have_any_values(dtype: torch.dtype, block_topk: int) -> Non
     case = whole_case(len(start), tokens, 16 if ON_GPU else 3, 32 if ON_GPU else 5, dtype, **budget)
     with tiles(), by_block:
         check(case | {"window_start": start[None], "window_end": end[None]})
+        check(case | {"window_start": start[None], "window_end": end[None], "coarse": "probe"})
         check(case | {"window_start": start[None], "window_end": end[None], "mark_hidden": True, "sorted": False})
         if ON_GPU:
             check(case | {"window_start": start[None]})
             check(case | {"window_end": end[None]})
+            check(case | {"window_end": end[None], "coarse": "probe"})
 
 
 def poisoned(x: Tensor, where: Tensor, value: float) -> Tensor:
@@ -141,7 +144,11 @@ def poisoned(x: Tensor, where: Tensor, value: float) -> Tensor:
     return torch.where(where, value, x.float()).to(x.dtype)
 
 
-def by_block_case(dtype: torch.dtype, pruned: bool) -> Case:
+# What by_block_case has: every block kept, or pruned by means or by the probe.
+PRUNED = pytest.mark.parametrize("pruned", ["paper", "probe", ""], ids=["pruned", "probe", "every block kept"])
+
+
+def by_block_case(dtype: torch.dtype, pruned: str) -> Case:
     """Two sequences, ragged last blocks, scales and weights; rows that go past tiles of keys together."""
     batch, queries, tokens, heads, dim, size = (2, 40, 2500, 24, 80, 128) if ON_GPU else (2, 2, 77, 3, 10, 16)
     blocks = -(-tokens // size)
@@ -150,12 +157,12 @@ def by_block_case(dtype: torch.dtype, pruned: bool) -> Case:
     case = gaussian_case(batch, queries, tokens, heads, dim, dtype, **budget)
     generator = torch.Generator(DEVICE).manual_seed(1)
     case["k_scale"], case["k_weight"] = torch.randn(2, batch, tokens, generator=generator, device=DEVICE)
-    return case
+    return case | {"coarse": pruned or "paper"}
 
 
-@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "every block kept"])
+@PRUNED
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-def test_what_another_row_sees_is_no_affair_of_a_row_that_does_not(dtype: torch.dtype, pruned: bool) -> None:
+def test_what_another_row_sees_is_no_affair_of_a_row_that_does_not(dtype: torch.dtype, pruned: str) -> None:
     """NaN and inf behind the window of every other row, in its own last block: they share tiles and keep their bits."""
     case = by_block_case(dtype, pruned)
     queries, tokens, size = case["q"].shape[1], case["k"].shape[1], case["block_size"]
@@ -184,7 +191,7 @@ def test_what_another_row_sees_is_no_affair_of_a_row_that_does_not(dtype: torch.
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 def test_given_means_leave_nothing_to_read_of_what_is_hidden_or_not_kept(dtype: torch.dtype, hidden_by: str) -> None:
     """With ``k_pooled`` a mask and segments hide NaN as windows do, and so does the coarse stage."""
-    case = by_block_case(dtype, pruned=True)
+    case = by_block_case(dtype, "paper")
     queries, tokens, size = case["q"].shape[1], case["k"].shape[1], case["block_size"]
     factors = (case["k_scale"], case["k_weight"])
     case["k_pooled"] = launch.pool_keys_triton(case["k"], size, None, *factors)
@@ -235,9 +242,9 @@ def embedded(x: Tensor) -> Tensor:
     return view
 
 
-@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "every block kept"])
+@PRUNED
 @pytest.mark.parametrize("dtype", DTYPES if ON_GPU else (torch.float32, torch.float16), ids=str)
-def test_nothing_around_the_tensors_is_read(dtype: torch.dtype, pruned: bool) -> None:
+def test_nothing_around_the_tensors_is_read(dtype: torch.dtype, pruned: str) -> None:
     """Every tensor is a slice of a larger one full of NaN: before and behind rows, heads, dims and sequences."""
     case = by_block_case(dtype, pruned)
     queries, tokens = case["q"].shape[1], case["k"].shape[1]
@@ -260,9 +267,9 @@ def test_nothing_around_the_tensors_is_read(dtype: torch.dtype, pruned: bool) ->
                 assert refine_by_block_hopper_kernel in kernels
 
 
-@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "every block kept"])
+@PRUNED
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-def test_nan_in_a_query_stays_in_its_own_row(dtype: torch.dtype, pruned: bool) -> None:
+def test_nan_in_a_query_stays_in_its_own_row(dtype: torch.dtype, pruned: str) -> None:
     """Also where the rows behind a query's heads, which pad them, are those of the next query."""
     case = by_block_case(dtype, pruned)
     spoilt = torch.arange(case["q"].shape[1], device=DEVICE) % 3 == 1

@@ -35,6 +35,7 @@ from triton_cases import (
     run,
     small_tiles,
     strided,
+    whole_case,
 )
 
 from hisa_compile.ops import Budget, Visibility, reference
@@ -96,6 +97,16 @@ def test_chunks_of_several_rows_cross_the_batch() -> None:
         check(case)
 
 
+@pytest.mark.parametrize("block_size", [4, 64])
+def test_a_score_of_zero_is_zero_whatever_the_scale(block_size: int) -> None:
+    """Where no product is above 0 the probe's are 0 too, and the lowest blocks are kept; 0.3 is no power of two."""
+    budget = {"topk": 9, "block_size": block_size, "block_topk": 5}
+    case = whole_case(3, 40 * block_size, 3, 5, torch.float16, **budget) | {"coarse": "probe"}
+    case |= {"q": case["q"].abs() + 1, "k": -case["k"].abs() - 1}
+    case["k_scale"] = torch.full(case["k"].shape[:2], 0.3, device=DEVICE)
+    check(case)
+
+
 def test_block_of_any_size() -> None:
     """One block for everything, blocks larger than a pool tile, a last block that is nearly empty."""
     for block_size, tokens in ((100, 230), (33, 133), (64, 65)):
@@ -113,9 +124,10 @@ def test_empty_sizes_give_empty_results_without_a_launch(empty: str) -> None:
     assert indices.numel() == 0
 
 
-def test_hidden_nan_and_inf_change_nothing() -> None:
+@pytest.mark.parametrize("coarse", ["paper", "probe"])
+def test_hidden_nan_and_inf_change_nothing(coarse: str) -> None:
     """Keys hidden by windows or key_valid, whatever they hold, in the block of visible ones and elsewhere."""
-    case = exact_case(1, 2, 60, heads=3, dim=5, topk=12, block_size=4, block_topk=4)
+    case = exact_case(1, 2, 60, heads=3, dim=5, topk=12, block_size=4, block_topk=4) | {"coarse": coarse}
     case["window_start"] = torch.tensor([[9, 9]], dtype=torch.int32, device=DEVICE)
     case["window_end"] = torch.tensor([[51, 51]], dtype=torch.int32, device=DEVICE)
     case["key_valid"] = random_bool((1, 60), 0.7)

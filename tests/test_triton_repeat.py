@@ -72,7 +72,11 @@ def plain(argument: Any) -> Any:
 
 
 @pytest.mark.parametrize("in_order", [True, False], ids=["sorted", "unsorted"])
-@pytest.mark.parametrize("block_topk", [8, 40, 200], ids=["pruned", "long rows", "every block kept"])
+@pytest.mark.parametrize(
+    ("block_topk", "coarse"),
+    [(8, "paper"), (8, "probe"), (40, "paper"), (200, "paper")],
+    ids=["pruned", "probe", "long rows", "every block kept"],
+)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("batch", "queries"), [(1, 300), (7, 40)])
 def test_repeated_launches_are_those_of_a_chunk_of_its_own(
@@ -81,6 +85,7 @@ def test_repeated_launches_are_those_of_a_chunk_of_its_own(
     queries: int,
     dtype: torch.dtype,
     block_topk: int,
+    coarse: str,
     in_order: bool,
 ) -> None:
     tokens = 128 * 150 + 5
@@ -93,14 +98,27 @@ def test_repeated_launches_are_those_of_a_chunk_of_its_own(
     scale = torch.ones(batch, tokens) if dtype.itemsize == 1 else None
     monkeypatch.setattr(config, "SELECT_TILE", 2048)
 
-    sizes = (batch, queries, 64, 128, tokens, 512, Budget(128, block_topk), dtype, in_order, 90)
+    sizes = (
+        batch,
+        queries,
+        64,
+        128,
+        tokens,
+        512,
+        Budget(128, block_topk),
+        dtype,
+        in_order,
+        90,
+        512 if coarse == "probe" else None,
+    )
     while len(launch.Plan(*sizes).chunks) < 4:
         monkeypatch.setattr(config, "WORKSPACE_BYTES", config.WORKSPACE_BYTES * 3 // 4)
 
     def call() -> list[Noted]:
         NOTED.clear()
         seen = Visibility(window_end=end)
-        launch.indexer_topk_triton(q, k, weights, 512, Budget(128, block_topk), seen, scale, None, in_order, False)
+        budget = Budget(128, block_topk)
+        launch.indexer_topk_triton(q, k, weights, 512, budget, seen, scale, None, in_order, False, coarse=coarse)
         return list(NOTED)
 
     with mock.patch.object(gpu, "launch", side_effect=gpu.launch) as launched:

@@ -62,6 +62,8 @@ def call(case: Case, **changes: Any) -> tuple[Tensor, Tensor]:
         case["sorted"],
         case["mark_hidden"],
         case.get("k_pooled"),
+        # The tests of the other kernels are about the paper's stage unless they say otherwise.
+        case.get("coarse", "paper"),
     )
 
 
@@ -99,7 +101,7 @@ def assert_equal(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) ->
 
 def check(case: Case) -> None:
     """The kernels' result is the reference's, bit for bit."""
-    got, expected = run(case), reference.indexer_topk(**case)
+    got, expected = run(case), reference.indexer_topk(**{"coarse": "paper"} | case)
     for x in got:
         assert x.is_contiguous()
     assert got[0].dtype == torch.int32
@@ -225,7 +227,10 @@ def strided(x: Tensor) -> Tensor:
 @contextmanager
 def small_tiles(workspace: int = 1) -> Iterator[None]:
     """Tiles and workspace so small that every loop over tiles, groups of tiles and chunks of rows runs often."""
-    tiles = config.score_tiles
+    tiles, probe_tiles = config.score_tiles, config.probe_tiles
+
+    def small_probe(dim: int, dtype: torch.dtype, block_size: int) -> config.ProbeTiles:
+        return probe_tiles(dim, dtype, block_size)._replace(rows=64 if ON_GPU else 16, tile=16, tile_dim=32)
 
     def small(heads: int, dim: int, dtype: torch.dtype, block_size: int) -> config.Tiles:
         # A product of float8 adds at least 32 at a time.
@@ -233,6 +238,8 @@ def small_tiles(workspace: int = 1) -> Iterator[None]:
 
     values = {
         "score_tiles": small,
+        "probe_tiles": small_probe,
+        "MANY_PROBE_PROGRAMS": 3,
         "SORT_TILE": 8,
         "SELECT_TILE": 16,
         "SCAN_TILE": 16,
@@ -296,6 +303,7 @@ def cases(draw: st.DrawFn) -> Case:
         ids = draw(st.sampled_from([torch.int32, torch.int64]))
         case |= random_segments(kind, ids, shape, batch, tokens, seed=draw(st.integers(0, 10**6)))
     case["sorted"], case["mark_hidden"] = draw(st.booleans()), draw(st.booleans())
+    case["coarse"] = draw(st.sampled_from(["paper", "probe"]))
     if draw(st.booleans()):
         case |= {name: strided(x) for name, x in case.items() if isinstance(x, Tensor) and x.dim() > 1}
     return case

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from .budget import Budget
+from .coarse import PAPER, PROBE, sample_of
 from .cpu_rows import Rows, segment_bounds
-from .reference import pooled_dtype
+from .reference import in_own_units, pooled_dtype, probe_block_scores
 from .visibility import Visibility
 
 # Rows whose products are one operation.  More would spread better over many threads, but a single query,
@@ -70,8 +71,17 @@ def _aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
 class _Scorer:
     """Scores of a chunk's rows against keys, tile by tile."""
 
-    def __init__(self, q: Tensor, k: Tensor, weights: Tensor, k_scale: Tensor | None, k_weight: Tensor | None) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        weights: Tensor,
+        k_scale: Tensor | None,
+        k_weight: Tensor | None,
+        relu: bool = True,
+    ) -> None:
         self.q, self.k, self.weights, self.k_scale, self.k_weight = q, k, weights, k_scale, k_weight
+        self.relu = relu
         self.heads, self.dim = q.shape[2:]
         self._largest_tile = min(max(TILE_ELEMENTS // (GROUP * max(self.heads, self.dim, 1)) // 16, 1) * 16, 2048)
         self._batches: list[int] = []
@@ -120,7 +130,9 @@ class _Scorer:
                 torch.bmm(seen, group.queries, out=products)
                 if k_scale is not None:
                     products[:, : last - first] *= k_scale[group.batches, first:last, None]
-                torch.sum(products.relu_().mul_(group.weights), -1, out=out)
+                if self.relu:
+                    products.relu_()
+                torch.sum(products.mul_(group.weights), -1, out=out)
                 if k_weight is not None:
                     out[:, : last - first] *= k_weight[group.batches, first:last]
         return scores[: len(self._batches), :count]
@@ -251,6 +263,43 @@ def pool_keys_cpu(
     return means
 
 
+class _Probe:
+    """Scores of a chunk's rows by two heads: ``reference.probe_scores``."""
+
+    def __init__(self, q: Tensor, k: Tensor, weights: Tensor, k_scale: Tensor | None, k_weight: Tensor | None) -> None:
+        heads = _probe_queries(q, weights)
+        one = weights.new_ones(()).expand(*q.shape[:2], 1)
+        # Each product by itself, as it is.
+        self.plus, self.minus = (_Scorer(heads[:, :, [i]], k, one, None, None, relu=False) for i in range(2))
+        self.k_scale = k_scale
+        self.k_weight = k_weight
+
+    def all_tokens(self, rows: Rows) -> Tensor:
+        """[R, T]; outside a row's window anything."""
+        for scorer in (self.plus, self.minus):
+            scorer.load(rows)
+        spans = rows.spans()
+        x, y = self.plus.all_tokens(spans), self.minus.all_tokens(spans)
+        along, across = x - y, x.abs_() - y.abs_()
+        if self.k_scale is None:
+            probed = along.add_(across).mul_(0.5)
+        else:
+            scale = self.k_scale[rows.batch]
+            probed = along.add_(across.mul_(torch.where(scale < 0, -1.0, 1.0))).mul_(scale.div_(2))
+        return probed if self.k_weight is None else probed.mul_(self.k_weight[rows.batch])
+
+
+def _probe_queries(q: Tensor, weights: Tensor) -> Tensor:
+    """``reference.probe_queries``; heads are added up one after another, so that bits depend on a row's own alone."""
+    heads = q.new_zeros((*q.shape[:2], 2, q.shape[3]), dtype=torch.float32)
+    signed = weights.float()
+    for h in range(q.shape[2]):
+        head = q[:, :, h].float()
+        heads[:, :, 0] += head * signed[:, :, h, None].relu()
+        heads[:, :, 1] += head * (-signed[:, :, h, None]).relu()
+    return in_own_units(heads, q.dtype)
+
+
 def _kept_blocks(block_scores: Tensor, eligible: Tensor, block_topk: int) -> tuple[Tensor, Tensor]:
     """The coarse filter: the kept blocks [R, m] in ascending order, and their number [R].
 
@@ -316,6 +365,7 @@ def indexer_topk_cpu(
     sorted: bool,
     mark_hidden: bool,
     k_pooled: Tensor | None = None,
+    coarse: str = PAPER,
 ) -> tuple[Tensor, Tensor]:
     """``hisa::indexer_topk`` for CPU tensors that passed the argument checks; see the public function.
 
@@ -329,9 +379,13 @@ def indexer_topk_cpu(
     if indices.numel() == 0:
         return indices, scores
     blocks = -(-tokens // budget.block_size)
-    means = bounds = None
+    means = bounds = probe = None
     columns = tokens
-    if blocks > budget.block_topk:
+    if blocks > budget.block_topk and coarse == PROBE:
+        probe = _Probe(q, k, weights, k_scale, k_weight)
+        sample = sample_of(tokens, topk)
+        columns += budget.candidates
+    elif blocks > budget.block_topk:
         means = k_pooled
         if means is None:
             means = pool_keys_cpu(k, budget.block_size, visibility.key_valid, k_scale, k_weight)
@@ -347,10 +401,19 @@ def indexer_topk_cpu(
             last = min(first + chunk, batch * queries)
             rows = Rows(torch.arange(first, last, device=q.device), q, tokens, visibility)
             scorer.load(rows)
-            if means is None:
-                found = _flat(scorer, rows, width)
+            if probe is not None:
+                seen = rows.sees_all()
+                block_scores = probe_block_scores(probe.all_tokens(rows), seen, budget.block_size, sample)
+                in_blocks = torch.nn.functional.pad(seen, (0, blocks * budget.block_size - tokens))
+                eligible = in_blocks.view(-1, blocks, budget.block_size).any(-1)
+                found = _refined(scorer, rows, width, block_scores, eligible, budget)
+            elif means is not None:
+                block_scores = scorer.all_keys(means, rows.spans(budget.block_size))
+                # Beside the scores and bounds of all blocks, so a part of a chunk's candidates at once.
+                eligible = rows.sees_in_blocks(budget.block_size, blocks, bounds, CHUNK_ELEMENTS // 4)
+                found = _refined(scorer, rows, width, block_scores, eligible, budget)
             else:
-                found = _hierarchical(scorer, rows, width, means, bounds, budget)
+                found = _flat(scorer, rows, width)
             positions, found_scores, visible = found
             if mark_hidden:
                 positions.masked_fill_(~visible, -1)
@@ -370,15 +433,12 @@ def _flat(scorer: _Scorer, rows: Rows, width: int) -> tuple[Tensor, Tensor, Tens
     return found
 
 
-def _hierarchical(
-    scorer: _Scorer, rows: Rows, width: int, means: Tensor, bounds: tuple[Tensor, Tensor] | None, budget: Budget
+def _refined(
+    scorer: _Scorer, rows: Rows, width: int, block_scores: Tensor, eligible: Tensor, budget: Budget
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best tokens of the best blocks: positions, scores, and whether visible, each [R, k']."""
+    """The best tokens of the best eligible blocks: positions, scores, and whether visible, each [R, k']."""
     block_size, block_topk = budget
-    blocks = means.shape[1]
-    block_scores = scorer.all_keys(means, rows.spans(block_size))
-    # Beside the scores and bounds of all blocks, so a part of a chunk's candidates at once.
-    eligible = rows.sees_in_blocks(block_size, blocks, bounds, CHUNK_ELEMENTS // 4)
+    blocks = eligible.shape[1]
     kept, count = _kept_blocks(block_scores, eligible, block_topk)
     positions = (kept[..., None] * block_size + torch.arange(block_size, device=kept.device)).flatten(1)
     readable = positions.clamp_max(rows.tokens - 1)

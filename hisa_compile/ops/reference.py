@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .budget import resolve_budget
+from .coarse import JITTER, PAPER, Sample, resolve_coarse, sample_of
 from .visibility import Visibility
 
 
@@ -95,6 +96,79 @@ def block_means(
     return mean.to(pooled_dtype(k.dtype))
 
 
+def probe_queries(q: Tensor, weights: Tensor) -> Tensor:
+    """The probe's two heads as [B, S, 2, D] in q's dtype: sum_h max(w, 0) q and sum_h max(-w, 0) q."""
+    dtype = torch.float64 if torch.float64 in (q.dtype, weights.dtype) else torch.float32
+    signed = weights.to(dtype)
+    heads = [torch.einsum("bsh,bshd->bsd", part.relu(), q.to(dtype)) for part in (signed, -signed)]
+    return in_own_units(torch.stack(heads, 2), q.dtype)
+
+
+def in_own_units(heads: Tensor, dtype: torch.dtype) -> Tensor:
+    """The probe's two heads [.., 2, D] rounded to ``dtype``, times a power of two of each row's own.
+
+    It brings the greatest magnitude to between 128 and 256, so that float8 and float16 hold both; scores of one row are
+    compared with each other alone.  A row with a NaN or inf keeps its values; what float8 does not hold is NaN.
+    """
+    if heads.shape[-1] == 0:
+        return heads.to(dtype)
+    greatest = heads.abs().amax((-2, -1), keepdim=True)
+    shift = torch.where(greatest.isfinite(), 8 - torch.frexp(greatest).exponent, 0).clamp_max(100)
+    heads = torch.ldexp(heads, shift)
+    if dtype.itemsize == 1:
+        # From torch 2.13 on the conversion saturates.
+        heads = heads.masked_fill(heads.isinf(), float("nan"))
+    return heads.to(dtype)
+
+
+def probe_scores(
+    q: Tensor, k: Tensor, weights: Tensor, k_scale: Tensor | None = None, k_weight: Tensor | None = None
+) -> Tensor:
+    """p[b,s,t], see :mod:`.coarse`, as [B, S, T], in units of the row's own.
+
+    ReLU(x) is (x + |x|) / 2, so that ReLU(c x) - ReLU(c y) is what stands here.  Where infinities meet it is NaN.
+    """
+    plus, minus = probe_queries(q, weights).unbind(2)
+    dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype) else torch.float32
+    x, y = (torch.einsum("bsd,btd->bst", head.to(dtype), k.to(dtype)) for head in (plus, minus))
+    scale = torch.ones((), dtype=dtype, device=k.device) if k_scale is None else k_scale.to(dtype)[:, None]
+    sign = torch.where(scale < 0, -1.0, 1.0)
+    probed = ((x - y) + sign * (x.abs() - y.abs())) * (scale / 2)
+    return probed if k_weight is None else probed * k_weight.to(dtype)[:, None]
+
+
+def probe_block_scores(probed: Tensor, visible: Tensor, block_size: int, sample: Sample) -> Tensor:
+    """What each block is worth, [B, S, M], from its visible tokens' probed scores [B, S, T].
+
+    Of the sample's visible tokens, NaN aside, the ``rank``-th best tells the threshold; what the one half as far down
+    has above it, rounded down to a power of two, is the cap.  A block is worth what its tokens have above the
+    threshold, each at most the cap, and half of what its best one has; with none above, what its best one has, which is
+    0 or less; -inf without a visible one.  With no such token in the sample, or a cap that is no positive number or
+    2^127, the best one alone counts.
+    """
+    tokens = probed.shape[-1]
+    number = torch.arange(sample.size, device=probed.device)
+    at = number * sample.stride + number * JITTER % sample.stride
+    at = at[at < tokens]
+    told = visible[..., at] & ~probed[..., at].isnan()
+    some = probed[..., at].masked_fill(~told, float("-inf")).sort(-1, descending=True).values
+    found = told.sum(-1, keepdim=True)
+    rank = found.clamp(1, sample.rank)
+    threshold = torch.where(found > 0, some.gather(-1, rank - 1), 0.0)
+    cap = torch.where(found > 0, some.gather(-1, (rank + 1) // 2 - 1) - threshold, 0.0)
+    a_number = (cap >= torch.finfo(cap.dtype).tiny) & (cap < 2.0**127)
+    cap = torch.where(a_number, torch.ldexp(torch.ones_like(cap), torch.frexp(cap).exponent - 1), 0.0)
+
+    def in_blocks(x: Tensor, padding: float) -> Tensor:
+        padded = torch.nn.functional.pad(x, (0, -tokens % block_size), value=padding)
+        return padded.view(*padded.shape[:-1], -1, block_size)
+
+    best = in_blocks(torch.where(visible, probed, float("-inf")), float("-inf")).amax(-1) - threshold
+    above = in_blocks(torch.where(visible & (probed > threshold), probed - threshold, 0.0), 0.0)
+    worth = torch.where(best > 0, above.minimum(cap[..., None]).sum(-1) + best / 2, best)
+    return torch.where(in_blocks(visible, False).any(-1), worth, float("-inf"))
+
+
 def kept_blocks(block_scores: Tensor, eligible: Tensor, block_topk: int) -> Tensor:
     """The coarse filter: bool [B, S, M], at most ``block_topk`` eligible blocks a query.
 
@@ -152,16 +226,26 @@ def indexer_topk(
     k_segment: Tensor | None = None,
     k_weight: Tensor | None = None,
     k_pooled: Tensor | None = None,
+    coarse: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """HISA's selection.  Arguments, results and errors as the public ``hisa_compile.indexer_topk``."""
     budget = resolve_budget(topk, block_size, block_topk)
     visibility = Visibility(window_start, window_end, key_valid, mask, q_segment, k_segment)
     visible = visible_tokens(q, k, **visibility._asdict())
     tokens = k.shape[1]
-    means = block_means(k, budget.block_size, key_valid, k_scale, k_weight) if k_pooled is None else k_pooled
-    padding = means.shape[1] * budget.block_size - tokens
-    in_blocks = torch.nn.functional.pad(visible, (0, padding)).unflatten(-1, (means.shape[1], budget.block_size))
-    kept = kept_blocks(indexer_scores(q, means, weights), in_blocks.any(-1), budget.block_topk)
+    blocks = -(-tokens // budget.block_size)
+    padding = blocks * budget.block_size - tokens
+    in_blocks = torch.nn.functional.pad(visible, (0, padding)).unflatten(-1, (blocks, budget.block_size))
+    eligible = in_blocks.any(-1)
+    if blocks <= budget.block_topk:
+        kept = eligible
+    elif resolve_coarse(coarse, tokens, q.shape[2], budget, k_pooled is not None) == PAPER:
+        means = block_means(k, budget.block_size, key_valid, k_scale, k_weight) if k_pooled is None else k_pooled
+        kept = kept_blocks(indexer_scores(q, means, weights), eligible, budget.block_topk)
+    else:
+        probed = probe_scores(q, k, weights, k_scale, k_weight)
+        block_scores = probe_block_scores(probed, visible, budget.block_size, sample_of(tokens, max(1, topk)))
+        kept = kept_blocks(block_scores, eligible, budget.block_topk)
     candidates = kept.repeat_interleave(budget.block_size, dim=-1)[..., :tokens] & visible
     scores = indexer_scores(q, k, weights, k_scale, k_weight)
     return _select(scores, visible, candidates, topk, sorted, mark_hidden)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .budget import check_block_size, resolve_budget
+from .coarse import resolve_coarse
 from .reference import pooled_dtype
-from .validate import check_arguments, check_pool_arguments, check_pooled
+from .validate import check_arguments, check_pool_arguments, check_pooled, check_stage
 from .visibility import Visibility
 
 OP_NAME = "hisa::indexer_topk"
@@ -28,7 +29,7 @@ _library.define(
     "Tensor? window_start=None, Tensor? window_end=None, Tensor? key_valid=None, Tensor? mask=None, "
     "Tensor? k_scale=None, bool sorted=True, bool mark_hidden=False, "
     # Later arguments come last, so that the positions in graphs made before them stay right.
-    "Tensor? q_segment=None, Tensor? k_segment=None, Tensor? k_weight=None, Tensor? k_pooled=None) "
+    "Tensor? q_segment=None, Tensor? k_segment=None, Tensor? k_weight=None, Tensor? k_pooled=None, str? coarse=None) "
     "-> (Tensor indices, Tensor scores)",
     # Any input layout is read in place, so Inductor need not copy to fixed strides.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
@@ -58,23 +59,26 @@ def _run(
     k_segment: Tensor | None = None,
     k_weight: Tensor | None = None,
     k_pooled: Tensor | None = None,
+    coarse: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     visibility = Visibility(window_start, window_end, key_valid, mask, q_segment, k_segment)
     check_arguments(q, k, weights, k_scale=k_scale, k_weight=k_weight, **visibility._asdict())
+    check_stage(coarse, k_pooled)
     budget = resolve_budget(topk, block_size, block_topk)
     if k_pooled is not None:
         check_pooled(k_pooled, k, budget.block_size)
+    stage = resolve_coarse(coarse, k.shape[1], q.shape[2], budget, k_pooled is not None)
     # Imported at the first call: neither Triton nor the CPU path is needed to trace or to rewrite a graph.
     if q.device.type == "cpu":
         from .cpu import indexer_topk_cpu
 
         return indexer_topk_cpu(
-            q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden, k_pooled
+            q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden, k_pooled, stage
         )
     from .triton.launch import indexer_topk_triton
 
     return indexer_topk_triton(
-        q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden, k_pooled
+        q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden, k_pooled, stage
     )
 
 
@@ -97,9 +101,11 @@ def _meta(
     k_segment: Tensor | None = None,
     k_weight: Tensor | None = None,
     k_pooled: Tensor | None = None,
+    coarse: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     visibility = Visibility(window_start, window_end, key_valid, mask, q_segment, k_segment)
     check_arguments(q, k, weights, k_scale=k_scale, k_weight=k_weight, **visibility._asdict())
+    check_stage(coarse, k_pooled)
     if isinstance(topk, int):
         block_size = resolve_budget(topk, block_size, block_topk).block_size
     if k_pooled is not None:
@@ -188,6 +194,7 @@ def indexer_topk(
     k_segment: Tensor | None = None,
     k_weight: Tensor | None = None,
     k_pooled: Tensor | None = None,
+    coarse: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Select the ``topk`` best tokens of each query by the hierarchical indexer (HISA, arXiv 2603.28458).
 
@@ -195,9 +202,9 @@ def indexer_topk(
 
         I[b,t,s] = k_weight[b,s] * sum_h weights[b,t,h] * ReLU(q[b,t,h] . (k_scale[b,s] * k[b,s]))
 
-    and is computed only for tokens in the ``block_topk`` best blocks of ``block_size`` tokens, blocks being
-    ranked by the same sum on the mean of |k_weight| * k_scale * k over their valid keys.  The first and the last
-    block that hold a visible token are always kept.  Where all such blocks fit, the result is the exact top-k.
+    and is computed only for tokens in the ``block_topk`` best blocks of ``block_size`` tokens, as a ``coarse`` stage
+    ranks them.  The first and the last block that hold a visible token are always kept.  Where all such blocks fit,
+    the result is the exact top-k.
 
     Args:
         q: [B, S, H, D] float32, float16, bfloat16 or float8_e4m3fn.  Any strides.
@@ -222,6 +229,11 @@ def indexer_topk(
             averaged, which reads all T of them.  Whether they are the keys' means is the caller's affair: others,
             older ones say, change which blocks are kept and nothing else.  The mean of a block with no visible token
             never matters.  Where T <= m * B all blocks are kept, and the means are checked but not read.
+        coarse: "paper" ranks blocks by the sum above on the mean of |k_weight| * k_scale * k over their valid keys.
+            "probe" ranks them by what their visible tokens' scores with two heads, which add up those of positive and
+            those of negative weight, have above a threshold, which finds more of the flat selection
+            (docs/fidelity.md).  None: "paper" with k_pooled, and where the probe, 2 T / H products a query, would take
+            more than a quarter as many as the refinement, m * B; else "probe".
 
     Returns:
         ``indices`` int32 [B, S, k'] and ``scores`` float32 [B, S, k'], both contiguous.  The indices of a
@@ -232,8 +244,8 @@ def indexer_topk(
 
     Raises:
         ValueError: a shape or device does not fit, one of q_segment and k_segment is missing, a budget
-            parameter is out of range, or ``block_size * block_topk < topk``; the message names the argument,
-            what it got and expected.
+            parameter is out of range, ``block_size * block_topk < topk``, ``coarse`` is no stage, or it is "probe"
+            and k_pooled is given; the message names the argument, what it got and expected.
         TypeError: a dtype does not fit, likewise.
     """
     result: tuple[Tensor, Tensor] = torch.ops.hisa.indexer_topk.default(
@@ -254,6 +266,7 @@ def indexer_topk(
         k_segment=k_segment,
         k_weight=k_weight,
         k_pooled=k_pooled,
+        coarse=coarse,
     )
     return result
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .coarse import PROBE, check_coarse
 from .reference import pooled_dtype
 
 KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -100,6 +101,13 @@ def check_pooled(k_pooled: Tensor, k: Tensor, block_size: int | None) -> None:
     size = "block_size" if block_size is None else block_size
     _check_dims("k_pooled", k_pooled, f"[B, ceil(T / {size}), D]", (batch, blocks, dim))
     _check_devices({"k_pooled": k_pooled}, "q", k.device)
+
+
+def check_stage(coarse: str | None, k_pooled: Tensor | None) -> None:
+    """Check the name of the coarse stage, and that it reads the means that are given; errors as in the public one."""
+    check_coarse(coarse)
+    if coarse == PROBE and k_pooled is not None:
+        raise ValueError(f"k_pooled: got means of blocks, expected None, since coarse={PROBE!r} does not rank by them")
 
 
 def check_arguments(

@@ -46,6 +46,11 @@ MANY_PROGRAMS = 2048
 MANY_ROW_PROGRAMS = 512
 # A tile of means is read for fewer rows than that of a block's keys: it pays to wait for more of them.
 MANY_COARSE_PROGRAMS = 640
+# Elements of a query that one warp adds up at once.
+HEADS_TILE = 8192
+# Programs that go over all keys for a group of rows, and the tokens that one of sm_90's looks at together.
+MANY_PROBE_PROGRAMS = 792
+PROBE_TILE = 64
 # On sm_90 about as many as run at once, three on each of 132 multiprocessors: they are long enough.
 MANY_COARSE_HOPPER_PROGRAMS = 372
 
@@ -76,6 +81,24 @@ def score_tiles(heads: int, dim: int, dtype: torch.dtype, block_size: int) -> Ti
     return Tiles(tile, padded_dim if padded_dim <= 128 else 64, padded_heads, num_warps)
 
 
+class ProbeTiles(NamedTuple):
+    """Shapes of the probe's products, [rows, tile_dim] @ [tile_dim, tile], and the warps that share one."""
+
+    rows: int
+    tile: int
+    tile_dim: int
+    num_warps: int
+
+
+def probe_tiles(dim: int, dtype: torch.dtype, block_size: int) -> ProbeTiles:
+    """Tile shapes from D, dtype and the block size alone: a tile is whole blocks, or a part of one."""
+    padded_dim = max(32 if dtype.itemsize == 1 else 16, power_of_2(dim))
+    if dtype == torch.float32:
+        return ProbeTiles(32, 64, min(padded_dim, 32), 4)
+    tile = min(max(64, power_of_2(block_size)), 128)
+    return ProbeTiles(64, tile, padded_dim if padded_dim <= 128 else 64, 4)
+
+
 class Launch(NamedTuple):
     """How a kernel is launched.  ``stages``: tiles in flight in its loop, itself included.
 
@@ -104,6 +127,13 @@ def coarse_launch(
     row = lookup(_shape("coarse_hopper" if hopper else "coarse", tiles, dtype, dim), architecture)
     programs = row.programs or (MANY_COARSE_HOPPER_PROGRAMS if hopper else MANY_COARSE_PROGRAMS)
     return Launch(row.stages, tiles.num_warps, row.maxnreg, row.most_rows or MOST_ROWS, programs)
+
+
+def probe_launch(tiles: ProbeTiles, dtype: torch.dtype, dim: int, hopper: bool = False) -> Launch:
+    """``hopper``: of the version for sm_90, three programs of which share a multiprocessor."""
+    # A loop over parts of D has tiles of its own in flight; 64 KiB of shared memory have to do on some GPUs.
+    stages = 1 if dtype == torch.float32 or dim > tiles.tile_dim else 4 - dtype.itemsize
+    return Launch(3 if hopper else stages, tiles.num_warps, 168 if hopper else None, programs=MANY_PROBE_PROGRAMS)
 
 
 def by_block_launch(

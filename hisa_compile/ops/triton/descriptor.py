@@ -1,4 +1,4 @@
-"""q and weights as the tensor memory accelerator of sm_90 copies them: q as a matrix of rows of D elements."""
+"""q, weights and k as the tensor memory accelerator of sm_90 copies them: q and k as matrices of rows of D elements."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def query_rows(q: Tensor) -> QueryRows | None:
 
 
 @functools.cache
-def _query_layout(padded_heads: int, tile_dim: int, itemsize: int) -> Any:
+def _rows_layout(tile: int, tile_dim: int, itemsize: int) -> Any:
     """In shared memory, as products take it; it depends on the width of an element, not on its type."""
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout.get_default_for([padded_heads, tile_dim], gl.int8 if itemsize == 1 else gl.int16)
+    return gl.NVMMASharedLayout.get_default_for([tile, tile_dim], gl.int8 if itemsize == 1 else gl.int16)
 
 
 @functools.cache
@@ -52,14 +52,22 @@ def _weights_layout() -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
-def describe(q: Tensor, rows: QueryRows, tiles: Tiles) -> Any:
-    """The descriptor of copies of one query, padded with the rows behind it and with zeros past D."""
+def describe(x: Tensor, rows: QueryRows, tile: int, tile_dim: int) -> Any:
+    """The descriptor of copies of ``tile`` rows, of one query padded with those behind it, or of keys; zeros past D."""
     # Gluon is young: only who needs it depends on it.
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    shape = [tiles.padded_heads, tiles.tile_dim]
-    layout = _query_layout(tiles.padded_heads, tiles.tile_dim, q.itemsize)
-    return TensorDescriptor(q, [rows.rows, q.shape[3]], [q.stride(2), 1], shape, layout)
+    layout = _rows_layout(tile, tile_dim, x.itemsize)
+    return TensorDescriptor(x, [rows.rows, x.shape[3]], [x.stride(2), 1], [tile, tile_dim], layout)
+
+
+def key_rows(k: Tensor) -> QueryRows | None:
+    """k [B, T, D] as such a matrix: the tokens are the heads of one query.
+
+    Also of one batch entry alone its stride must be one of whole rows, so that the same kernel reads it with others.
+    """
+    whole = k.stride(1) > 0 and k.stride(0) % k.stride(1) == 0
+    return query_rows(k[:, None]) if whole else None
 
 
 def describe_weights(weights: Tensor, tiles: Tiles) -> Any:

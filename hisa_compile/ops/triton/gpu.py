@@ -92,3 +92,8 @@ def strided(name: str, x: Tensor | None, dims: str, fp8: int = FP8_BITS) -> dict
     if x.dtype == torch.bool or (x.dtype == torch.float8_e4m3fn and fp8 == FP8_BITS):
         x = x.view(torch.uint8)
     return {f"{name}_ptr": x} | {f"{name}_s{dim}": stride for dim, stride in zip(dims, x.stride(), strict=True)}
+
+
+def only(arguments: dict[str, Any], kernel: Any) -> dict[str, Any]:
+    """Those of ``arguments`` that the kernel has."""
+    return {name: arguments[name] for name in kernel.arg_names if name in arguments}

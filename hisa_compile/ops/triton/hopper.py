@@ -31,14 +31,14 @@ from .score import head_sum, is_any_negative
 from .visible import row_segment, row_window, visible_tokens
 
 # Triton 3.7 renamed it.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
 def _fetch(q_desc, w_desc, full, q_tile, w_tile, q_row, w_first, BYTES: gl.constexpr):
     """Start copying the rows of q from ``q_row`` on, and weights; all must be past the buffers' last use."""
     mbarrier.expect(full, BYTES)
-    _barrier()
+    barrier()
     tma.async_copy_global_to_shared(q_desc, [q_row, 0], full, q_tile)
     tma.async_copy_global_to_shared(w_desc, [w_first], full, w_tile)
 

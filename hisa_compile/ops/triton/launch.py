@@ -1,8 +1,8 @@
 """The operator on a GPU: which kernels run, on what tiles, over which part of the rows.
 
-Queries are rows r = b * S + s.  Block means are made once; then chunks of rows go through
+Queries are rows r = b * S + s.  Block means, if blocks go by them, are made once; then chunks of rows go through
 
-    coarse scores -> kept blocks -> (pairs by block) -> token scores -> selection -> fill -> order
+    scores of blocks -> kept blocks -> (pairs by block) -> token scores -> selection -> fill -> order
 
 (the first three only where not every block is kept).  A chunk is as many rows as the workspace allows, whatever S
 and T are, and nothing here waits for the device: chunks depend on shapes only, so the whole can be captured in a
@@ -18,15 +18,18 @@ import triton
 from torch import Tensor
 
 from ..budget import Budget
+from ..coarse import PAPER, PROBE
 from ..reference import pooled_dtype
 from ..visibility import Visibility
 from . import config, gpu
 from .coarse import coarse_kernel, widen_queries_kernel
 from .config import Launch
-from .descriptor import WEIGHTS_ALIGNED, QueryRows, describe, describe_weights, query_rows
+from .descriptor import WEIGHTS_ALIGNED, QueryRows, describe, describe_weights, key_rows, query_rows
 from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_kernel
 from .group import list_items_kernel, sort_pairs_kernel
+from .launch_probe import launch_probe
 from .long_rows import count_candidates_kernel, guess_key_kernel, list_candidates_kernel
+from .operands import FP8_BITS
 from .plan import Chunk, Plan, rows_past_a_tile
 from .pool import pool_kernel
 from .refine import refine_by_block_kernel, refine_by_row_kernel
@@ -47,6 +50,7 @@ def indexer_topk_triton(
     sorted: bool,
     mark_hidden: bool,
     k_pooled: Tensor | None = None,
+    coarse: str = PAPER,
 ) -> tuple[Tensor, Tensor]:
     """``hisa::indexer_topk`` on q's device; arguments are valid (see :mod:`..validate`), any strides.
 
@@ -64,8 +68,9 @@ def indexer_topk_triton(
         return indices, scores
     with torch.cuda.device_of(q):
         call = _Call(
-            q, k, weights, budget, visibility, k_scale, k_weight, k_pooled, indices, scores, sorted, mark_hidden
-        )
+            q, k, weights, topk, budget, visibility, k_scale, k_weight, k_pooled, indices, scores, sorted, mark_hidden,
+            coarse,
+        )  # fmt: skip
         call.run()
     return indices, scores
 
@@ -114,6 +119,7 @@ class _Call:
         q: Tensor,
         k: Tensor,
         weights: Tensor,
+        topk: int,
         budget: Budget,
         visibility: Visibility,
         k_scale: Tensor | None,
@@ -123,6 +129,7 @@ class _Call:
         scores: Tensor,
         sorted: bool,
         mark_hidden: bool,
+        coarse: str,
     ) -> None:
         self.batch, self.queries, heads, self.dim = q.shape
         self.tokens, self.width = k.shape[1], indices.shape[2]
@@ -131,7 +138,7 @@ class _Call:
         self.architecture = gpu.architecture(q)
         self.plan = Plan(
             self.batch, self.queries, heads, self.dim, self.tokens, self.width, budget, q.dtype, sorted,
-            self.architecture,
+            self.architecture, topk if coarse == PROBE else None,
         )  # fmt: skip
         self.sorted, self.mark_hidden, self.k_pooled = sorted, mark_hidden, k_pooled
         self.outputs = {"indices_ptr": indices, "keys_ptr": scores.view(torch.int32)}
@@ -162,7 +169,16 @@ class _Call:
         windows_only = visibility.mask is None and visibility.key_valid is None and visibility.k_segment is None
         # Widened queries lie side by side, and rows are copied from multiples of 16 bytes.
         widened = q.dtype.itemsize > 1 or self.dim % 8 == 0
-        self.coarse_copied = self.query_rows is not None and self.plan.prune and windows_only and widened
+        by_means = self.plan.prune and self.plan.sample is None
+        self.coarse_copied = self.query_rows is not None and by_means and windows_only and widened
+        # Keys as the accelerator copies them for the probe; a tile is whole blocks or a part of one there.
+        self.key_rows = None
+        if self.plan.sample is not None and windows_only and gpu.is_hopper(q):
+            probed = q.dtype.itemsize < 4 and 0 < self.dim <= 128 and self.block_size % config.PROBE_TILE == 0
+            self.key_rows = key_rows(k) if probed else None
+        if self.key_rows is not None:
+            tile_dim = config.probe_tiles(self.dim, q.dtype, self.block_size).tile_dim
+            self.k_desc = describe(k[:, None], self.key_rows, config.PROBE_TILE, tile_dim)
         self.shape = {
             "H": heads,
             "D": self.dim,
@@ -180,11 +196,12 @@ class _Call:
         means = pooled_dtype(self.dtype)
         wide = means if self.coarse_copied and means != self.dtype else None
         if self.query_rows is not None:
-            self.q_desc = describe(q, self.query_rows, tiles)
-        self.space = Workspace(self.plan, heads, self.dim, wide, self.device)
+            self.q_desc = describe(q, self.query_rows, tiles.padded_heads, tiles.tile_dim)
+        of_probe = torch.float16 if fp8 == FP8_BITS else self.dtype
+        self.space = Workspace(self.plan, heads, self.dim, wide, of_probe, self.device)
 
     def run(self) -> None:
-        means = self.means_and_tables() if self.plan.prune else {}
+        means = self.means_and_tables() if self.plan.prune and self.plan.sample is None else {}
         first = self.plan.chunks[0]
         for chunk in self.plan.chunks:
             at = {"first_row": chunk.first_row} | self.sizes
@@ -196,7 +213,11 @@ class _Call:
                     each.again(changed)
                 continue
             if self.plan.prune:
-                self.coarse(chunk, at, means)
+                if self.plan.sample is None:
+                    self.coarse(chunk, at, means)
+                else:
+                    launch_probe(self, chunk, at, self.plan.sample)
+                self.select_blocks(chunk, at)
                 if self.plan.pairs_listed:
                     self.list_pairs(chunk, at)
             self.refine(chunk, at)
@@ -250,7 +271,7 @@ class _Call:
         return gpu.strided("means", means, "bmd") | tables
 
     def coarse(self, chunk: Chunk, at: dict[str, int], means: dict[str, Any]) -> None:
-        """Scores of blocks, and the kept ones."""
+        """Scores of blocks by their means."""
         tiles = cdiv(self.plan.blocks, self.plan.tiles.tile)
         work = self.query | self.seen | means | at | self.shape
         work |= {"block_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch, "M": self.plan.blocks}
@@ -260,7 +281,7 @@ class _Call:
         if self.coarse_copied:
             from .coarse_hopper import coarse_hopper_kernel as kernel
 
-            work = self.copied_query(chunk) | _only(work, kernel)
+            work = self.copied_query(chunk) | gpu.only(work, kernel)
         group = rows_past_a_tile(chunk.rows, tiles, how)
         self.launch(
             kernel,
@@ -272,6 +293,9 @@ class _Call:
             MOST_ROWS=how.most_rows,
             STAGES=how.stages,
         )
+
+    def select_blocks(self, chunk: Chunk, at: dict[str, int]) -> None:
+        """The kept blocks of each row, from their scores."""
         self.launch(
             select_blocks_kernel,
             chunk.rows,
@@ -379,7 +403,7 @@ class _Call:
             # Gluon is young: only who needs it depends on it.
             from .refine_hopper import refine_by_block_hopper_kernel as kernel
 
-            work = _only(work, kernel) | self.described(self.query_rows, self.q_desc)
+            work = gpu.only(work, kernel) | self.described(self.query_rows, self.q_desc)
         self.launch(
             kernel,
             programs,
@@ -475,8 +499,3 @@ class _Call:
             LOG_TILE=self.plan.sort_tile.bit_length() - 1,
             MARK_HIDDEN=self.mark_hidden,
         )
-
-
-def _only(arguments: dict[str, Any], kernel: Any) -> dict[str, Any]:
-    """Those of ``arguments`` that the kernel has."""
-    return {name: arguments[name] for name in kernel.arg_names if name in arguments}

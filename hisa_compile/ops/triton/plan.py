@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..budget import Budget
+from ..coarse import sample_of
 from . import config
 from .configurations import Architecture
 from .sizes import cdiv, power_of_2
@@ -49,9 +50,11 @@ def rows_past_a_tile(rows: int, tiles: int, how: config.Launch) -> int:
 
 
 class Plan:
-    """Attributes, all from sizes, and pairs_of_item from the architecture too:
+    """``probe_topk``: topk where blocks go by the probe.  Attributes, all from sizes, pairs_of_item from the
+    architecture too:
 
     blocks, prune: how many blocks there are, and whether any is left out.
+    sample: of the probe, None where blocks go by their means or none is left out.
     tiles: shapes of the products.
     columns, pitch: candidates of a row, and the length of a row of scores in memory, a multiple of 16.
     one_tile: a row's candidates fit the registers of the program that selects among them.
@@ -74,10 +77,12 @@ class Plan:
         dtype: torch.dtype,
         sorted: bool,
         architecture: Architecture,
+        probe_topk: int | None = None,
     ) -> None:
         block_size, block_topk = budget
         self.blocks = cdiv(tokens, block_size)
         self.prune = self.blocks > block_topk
+        self.sample = sample_of(tokens, probe_topk) if self.prune and probe_topk is not None else None
         self.tiles = config.score_tiles(heads, dim, dtype, block_size)
         self.columns = budget.candidates if self.prune else tokens
         self.one_tile = self.columns <= config.SELECT_TILE
@@ -85,15 +90,20 @@ class Plan:
         self.sort_tile = min(power_of_2(width), config.SORT_TILE)
         self.sort_tiles = cdiv(width, self.sort_tile)
         self.merged = sorted and self.sort_tiles > 1
-        # Scores of blocks are no longer needed when scores of tokens are made, nor these when sorted tiles are.
+        # A sample's scores are no longer needed when those of blocks are made, nor these when those of tokens are, nor
+        # these when sorted tiles are.
         packed = 2 * self.sort_tiles * self.sort_tile if self.merged else 0
-        self.pitch = 16 * cdiv(max(self.columns, self.blocks if self.prune else 0, packed), 16)
+        sampled = 0 if self.sample is None else self.sample.size
+        self.pitch = 16 * cdiv(max(self.columns, self.blocks if self.prune else 0, packed, sampled), 16)
 
         row_bytes = 4 * self.pitch + 4 + 4 * heads
         if self.prune:
             # Kept blocks, their places among the pairs of a block, the pairs, and items of at least 4 pairs.
             row_bytes += self.blocks + 4 + 20 * block_topk
-            if dtype.itemsize == 1:
+            if self.sample is not None:
+                # Two heads, their dtype two bytes where float8 is taken apart; the threshold and the cap.
+                row_bytes += 2 * dim * max(2, dtype.itemsize) + 8
+            elif dtype.itemsize == 1:
                 # The query in the means' dtype.
                 row_bytes += 2 * heads * dim
         if not self.one_tile:

@@ -15,16 +15,20 @@ from .plan import Plan
 class Workspace:
     """Buffers as large as the first chunk needs, which is the largest.
 
-    score_bits int32 [rows, pitch]: scores of blocks, then of candidates, as :func:`.keys.score_bits` says.
+    score_bits int32 [rows, pitch]: scores of the probe's sample, then of blocks, then of candidates, as
+        :func:`.keys.score_bits` says.
     kept, kept_flag: the kept blocks, see :func:`.select.select_blocks_kernel`; none where every block is kept.
     counts, rank, pairs, items: the pairs by block, see :mod:`.group`, where they are listed.
     candidates, guess, column_counts: of rows too long for one program, see :mod:`.long_rows`.
     packed: of rows sorted in tiles, see :func:`.finish.sort_tiles_kernel`, in the place of score_bits.
+    heads, thresholds: of the probe, see :mod:`.probe`.
     wide, wide_desc: float8 queries in the means' dtype, where they are copied; see
     :func:`.coarse.widen_queries_kernel`.
     """
 
-    def __init__(self, plan: Plan, heads: int, dim: int, wide: torch.dtype | None, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, heads: int, dim: int, wide: torch.dtype | None, probe: torch.dtype, device: torch.device
+    ) -> None:
         rows = plan.chunks[0].rows
         lists = plan.chunks[0].batches * plan.blocks
 
@@ -43,6 +47,8 @@ class Workspace:
         self.guess: Tensor | None = None
         self.column_counts: Tensor | None = None
         self.packed: Tensor | None = None
+        self.heads: Tensor | None = None
+        self.thresholds: Tensor | None = None
         self.wide: Tensor | None = None
         self.wide_desc: Any = None
         # Of this chunk alone, see _Call.weights_of.
@@ -50,6 +56,9 @@ class Workspace:
         if plan.prune:
             self.kept = {"kept_ptr": empty(rows, plan.block_topk), "kept_count_ptr": empty(rows)}
             self.kept_flag = empty(rows, plan.blocks, dtype=torch.int8)
+        if plan.sample is not None:
+            self.heads = empty(rows, 2, dim, dtype=probe)
+            self.thresholds = empty(rows, 2, dtype=torch.float32)
         if plan.pairs_listed:
             self.rank = empty(rows, plan.block_topk)
             self.pairs = empty(rows * plan.block_topk)
@@ -67,4 +76,5 @@ class Workspace:
             self.packed = self.score_bits.view(-1).view(torch.int64)
         if wide is not None:
             self.wide = empty(rows, heads, dim, dtype=wide)
-            self.wide_desc = describe(self.wide[:, None], QueryRows(rows * heads, heads, 0), plan.tiles)
+            of_rows = QueryRows(rows * heads, heads, 0)
+            self.wide_desc = describe(self.wide[:, None], of_rows, plan.tiles.padded_heads, plan.tiles.tile_dim)

@@ -1,0 +1,69 @@
+"""The coarse stages, by which blocks are kept: their names, the choice between them, and the probe's sample.
+
+"paper" is HISA's own (arXiv 2603.28458): the score of a block's mean key.  A mean hides a token that stands out.
+
+"probe" is this project's: every visible token is scored with two heads instead of H, which add up those of positive
+weight and those of negative,
+
+    p[t,s] = ReLU(q+[t] . k[s]) - ReLU(q-[t] . k[s])
+    q+[t] = sum_h max(w[t,h], 0) q[t,h],    q-[t] = sum_h max(-w[t,h], 0) q[t,h]
+
+and a block is worth what its tokens have above a threshold, the score of the token 1.5 topk from the top.
+``reference.probe_block_scores`` has the definition, docs/fidelity.md what each costs and finds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .budget import Budget
+
+PAPER, PROBE = "paper", "probe"
+COARSE_STAGES = (PAPER, PROBE)
+# So many tokens of the sample, or a few more, are among the topk best ones, and half as many again above the threshold.
+_RANK = 16
+# What one program of a GPU selects among.
+_LARGEST_SAMPLE = 8192
+# By default the probe may cost this share of the refinement's arithmetic: at it a call took 1.18 times as long as with
+# means in float8, 1.24 in bfloat16; at twice as much 1.30 and 1.34 (an H100, benchmarks/results/coarse.md).
+PROBE_SHARE = 0.25
+# Neighbouring tokens of the sample are not a fixed distance apart, so that nothing that repeats is always met.
+JITTER = 7919
+
+
+class Sample(NamedTuple):
+    """Tokens whose probed scores tell the threshold.
+
+    Token i < ``size`` is at i * stride + (i * JITTER) % stride, and not there at all where that is T or more.  The
+    ``rank``-th best of those that are visible is the threshold.
+    """
+
+    stride: int
+    size: int
+    rank: int
+
+
+def sample_of(tokens: int, topk: int) -> Sample:
+    """The sample for T tokens of which ``topk`` >= 1 are to be selected."""
+    stride = max(1, topk // _RANK, -(-tokens // _LARGEST_SAMPLE))
+    return Sample(stride, -(-tokens // stride), max(1, 3 * topk // (2 * stride)))
+
+
+def check_coarse(coarse: object, prefix: str = "") -> None:
+    """Raise a ValueError unless ``coarse`` is the name of a coarse stage, or None."""
+    if coarse is not None and coarse not in COARSE_STAGES:
+        raise ValueError(
+            f"{prefix}coarse: got {coarse!r}, expected None or one of {', '.join(map(repr, COARSE_STAGES))}"
+        )
+
+
+def resolve_coarse(coarse: str | None, tokens: int, heads: int, budget: Budget, pooled: bool) -> str:
+    """The coarse stage of a call; one that was not given is chosen by what the probe would cost.
+
+    Its two products a token are 2 T / H of those that a token of the refinement takes, of which there are m B.  Where
+    that is more than PROBE_SHARE of them, or the means are at hand, blocks go by their means.
+    """
+    if coarse is not None:
+        return coarse
+    dear = 2 * tokens > PROBE_SHARE * heads * budget.candidates
+    return PAPER if pooled or dear else PROBE

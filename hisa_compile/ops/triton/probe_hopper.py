@@ -1,0 +1,175 @@
+"""The probe's scores of blocks for NVIDIA's sm_90 where windows alone say what is visible, see :mod:`.probe`.
+
+What Triton's own version waits for, this one does not: keys are copied by the tensor memory accelerator while the tile
+before is multiplied, both heads of 64 rows stay in registers, and each thread stores what it has added up.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from .group import clear_counts
+from .hopper import barrier
+from .keys import score_bits
+from .overlap import wait_for_kernel_before
+from .probe import difference_of_relus, greater, inverse_of, share_of_cap
+from .visible import row_window
+
+
+@gluon.jit
+def _fetch(k_desc, full, k_tile, k_row, BYTES: gl.constexpr):
+    """Start copying a tile of keys into a buffer that everyone is done with."""
+    mbarrier.expect(full, BYTES)
+    barrier()
+    tma.async_copy_global_to_shared(k_desc, [k_row, 0], full, k_tile)
+
+
+@gluon.jit
+def _factor(pointer, stride_batch, stride_token, batch, low, position, T):
+    """The factors of the tokens ``low`` + ``position`` as [1, TILE]; None where there is no such tensor."""
+    factor = None
+    if pointer is not None:
+        at = pointer + batch * stride_batch + low * stride_token
+        # Whole tiles are read without a question, four threads' worth of addresses apart.
+        offset = position.to(gl.int64) * stride_token
+        if low + position.shape[0] <= T:
+            factor = gl.load(at + offset)
+        else:
+            factor = gl.load(at + offset, mask=low + position < T, other=0.0)
+        factor = factor[None, :]
+    return factor
+
+
+@gluon.jit
+def _rows(batch_here, group, rows_per_batch, ROWS: gl.constexpr, layout: gl.constexpr):
+    """(row of the chunk, query of its batch since the chunk's first, which are some) of a group of rows."""
+    each = group * ROWS + gl.arange(0, ROWS, layout=layout)
+    wanted = each < rows_per_batch
+    each = gl.minimum(each, rows_per_batch - 1)
+    return batch_here * rows_per_batch + each, each, wanted
+
+
+@gluon.jit(do_not_specialize=["k_batch_rows", "first_row", "rows_per_batch", "splits", "S", "T", "M", "lists"])
+def probe_blocks_hopper_kernel(
+    heads_ptr, thresholds_ptr, k_desc, k_batch_rows,
+    scale_ptr, scale_sb, scale_st,
+    k_weight_ptr, k_weight_sb, k_weight_st,
+    start_ptr, start_sb, start_ss,
+    end_ptr, end_sb, end_ss,
+    block_scores_ptr, counts_ptr, first_row, rows_per_batch, splits, S, T, M, pitch, lists,
+    D: gl.constexpr, BLOCK_SIZE: gl.constexpr, ROWS: gl.constexpr, TILE_D: gl.constexpr, TILE: gl.constexpr,
+    STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """:func:`.probe.probe_blocks_kernel` with the same grid, and, as far as it has them, the same arguments.
+
+    TILE divides BLOCK_SIZE.  k_desc describes k as a matrix of rows of D elements, a sequence ``k_batch_rows`` behind
+    the one before it.
+    """
+    wait_for_kernel_before(OVERLAP)
+    WARPS: gl.constexpr = gl.num_warps()
+    if counts_ptr is not None:
+        clear_counts(counts_ptr, lists, gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [WARPS], [0])))
+    BITS: gl.constexpr = k_desc.dtype.primitive_bitwidth
+    BYTES: gl.constexpr = TILE * TILE_D * BITS // 8
+    VECTOR: gl.constexpr = 128 // BITS
+    LANES: gl.constexpr = TILE_D // VECTOR
+    PARTS: gl.constexpr = BLOCK_SIZE // TILE
+    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE, 256 // BITS])
+    of_heads: gl.constexpr = gl.DotOperandLayout(0, product, 32 // BITS)
+    of_rows: gl.constexpr = gl.SliceLayout(1, product)
+    of_tokens: gl.constexpr = gl.SliceLayout(0, product)
+    copy: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    k_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, TILE_D], k_desc.dtype)
+
+    groups = (rows_per_batch + ROWS - 1) // ROWS
+    number = gl.program_id(0) // splits
+    batch_here = number // groups
+    batch = (first_row // S + batch_here).to(gl.int64)
+    row, each, wanted = _rows(batch_here, number % groups, rows_per_batch, ROWS, of_rows)
+    query = (first_row % S).to(gl.int64) + each
+    start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, query * 0 + batch, query, T)
+    seen = start < end
+    all_start = gl.max(start, axis=0)
+    all_end = gl.min(end, axis=0)
+    first = (gl.min(gl.where(seen, start, T), axis=0) // BLOCK_SIZE).to(gl.int32)
+    past = ((gl.max(gl.where(seen, end, 0), axis=0) + BLOCK_SIZE - 1) // BLOCK_SIZE).to(gl.int32)
+    share = (gl.maximum(past - first, 0) + splits - 1) // splits
+    first += gl.program_id(0) % splits * share
+    past = gl.minimum(first + share, past)
+
+    if first < past:
+        k_row = (batch * k_batch_rows).to(gl.int32)
+        first *= PARTS
+        last = past * PARTS - 1
+        k_tiles = ()
+        full = ()
+        for _stage in gl.static_range(STAGES):
+            k_tiles = k_tiles + (gl.allocate_shared_memory(k_desc.dtype, [TILE, TILE_D], k_shared),)
+            full = full + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(full[stage], count=1)
+        for stage in gl.static_range(STAGES - 1):
+            _fetch(k_desc, full[stage], k_tiles[stage], k_row + gl.minimum(first + stage, last) * TILE, BYTES)
+
+        from_row, _each, some = _rows(batch_here, number % groups, rows_per_batch, ROWS, gl.SliceLayout(1, copy))
+        dim = gl.arange(0, TILE_D, layout=gl.SliceLayout(0, copy))
+        at = heads_ptr + from_row.to(gl.int64)[:, None] * (2 * D) + dim[None, :]
+        inside = some[:, None] & (dim < D)[None, :]
+        plus = gl.convert_layout(gl.load(at, mask=inside, other=0.0), of_heads)
+        minus = gl.convert_layout(gl.load(at + D, mask=inside, other=0.0), of_heads)
+        threshold = gl.load(thresholds_ptr + 2 * row)
+        cap = gl.load(thresholds_ptr + 2 * row + 1)
+        inverse_cap = inverse_of(cap)
+        out_ptr = block_scores_ptr + row.to(gl.int64) * pitch
+        zeros = gl.zeros([ROWS, TILE], gl.float32, layout=product)
+        position = gl.arange(0, TILE, layout=of_tokens)
+        total = gl.zeros([ROWS], gl.float32, layout=of_rows)
+        best = total - float("inf")
+        eligible = row * 0
+        phase = 0
+        for base in range(first, last + 1, STAGES):
+            for stage in gl.static_range(STAGES):
+                # Behind the last tile it is scored again, and not stored.
+                i = gl.minimum(base + stage, last)
+                mbarrier.wait(full[stage], phase)
+                x = warpgroup_mma(plus, k_tiles[stage].permute((1, 0)), zeros, use_acc=False, is_async=True)
+                y = warpgroup_mma(minus, k_tiles[stage].permute((1, 0)), zeros, use_acc=False, is_async=True)
+                # Into the buffer of the tile before, whose products everyone has waited for.
+                _fetch(
+                    k_desc, full[(stage + STAGES - 1) % STAGES], k_tiles[(stage + STAGES - 1) % STAGES],
+                    k_row + gl.minimum(base + stage + STAGES - 1, last) * TILE, BYTES,
+                )  # fmt: skip
+                low = i.to(gl.int64) * TILE
+                scale = _factor(scale_ptr, scale_sb, scale_st, batch, low, position, T)
+                factor = _factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, low, position, T)
+                x, y = warpgroup_mma_wait(0, deps=[x, y])
+                probed = difference_of_relus(x, y, scale, factor)
+                sees = row * 0 + 1
+                if (low < all_start) | (low + TILE > all_end):
+                    token = (low + position)[None, :]
+                    visible = (token >= start[:, None]) & (token < end[:, None])
+                    probed = gl.where(visible, probed, float("-inf"))
+                    sees = gl.max(visible.to(gl.int32), axis=1)
+                shares = gl.sum(share_of_cap(probed, threshold[:, None], inverse_cap[:, None], True), axis=1)
+                greatest = gl.reduce(probed, 1, greater)
+                if PARTS == 1:
+                    total = shares
+                    best = greatest
+                    eligible = sees
+                else:
+                    begins = i % PARTS == 0
+                    total = gl.where(begins, 0.0, total) + shares
+                    best = greater(gl.where(begins, float("-inf"), best), greatest)
+                    eligible = gl.maximum(gl.where(begins, 0, eligible), sees)
+                above = best - threshold
+                scores = gl.where(above > 0.0, total * cap + above * 0.5, above)
+                ends = (i % PARTS == PARTS - 1) & (base + stage <= last)
+                gl.store(out_ptr + i // PARTS, score_bits(scores, eligible != 0), mask=wanted & ends)
+            phase ^= 1
+        # Copies must not arrive in the shared memory of whoever comes after.
+        for stage in gl.static_range(STAGES - 1):
+            mbarrier.wait(full[stage], phase)
+        for stage in gl.static_range(STAGES):
+            mbarrier.invalidate(full[stage])
