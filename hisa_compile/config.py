@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .ops import resolve_budget
+from .ops.coarse import COARSE_STAGES, check_coarse
 from .passes.settings import PassSettings
 
 PREFIX = "hisa."
 BASES = ("inductor", "aot_eager", "eager")
 SCOPES = ("all", "marked")
-KEYS = ("hisa.block_size", "hisa.block_topk", "hisa.scope", "hisa.base")
+KEYS = ("hisa.block_size", "hisa.block_topk", "hisa.coarse", "hisa.scope", "hisa.base")
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     """Split and check the ``options`` of ``torch.compile``.
 
     ``hisa.block_size`` (B, at least 1), ``hisa.block_topk`` (m, at least 2): the budget; None or absent =
-    derived from the indexer's topk.  ``hisa.scope``: "all" or "marked".  ``hisa.base``: "inductor",
-    "aot_eager" or "eager".
+    derived from the indexer's topk.  ``hisa.coarse``: what blocks are ranked by, "paper" or "probe"; None or absent =
+    chosen by what the probe would cost.  ``hisa.scope``: "all" or "marked".  ``hisa.base``: "inductor", "aot_eager"
+    or "eager".
 
     Raises:
         ValueError: an unknown ``hisa.`` key, a value out of range, or Inductor options with another base.
@@ -57,20 +59,24 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
             f"options {', '.join(map(repr, given))} are Inductor's and have no effect with hisa.base={base!r}: "
             "remove them, or set hisa.base='inductor'"
         )
-    block_size, block_topk = ours.get("hisa.block_size"), ours.get("hisa.block_topk")
-    check_budget(block_size, block_topk, prefix=PREFIX)
-    settings = PassSettings(block_size, block_topk, _choice(ours, "hisa.scope", SCOPES))
+    block_size, block_topk, coarse = (ours.get(f"hisa.{name}") for name in ("block_size", "block_topk", "coarse"))
+    check_budget(block_size, block_topk, coarse, prefix=PREFIX)
+    settings = PassSettings(block_size, block_topk, _choice(ours, "hisa.scope", SCOPES), coarse)
     return Options(settings, base, given)
 
 
-def check_budget(block_size: object, block_topk: object, *, prefix: str = "") -> None:
-    """Raise TypeError or ValueError, naming the parameter, unless both are None or valid by themselves.
+def check_budget(block_size: object, block_topk: object, coarse: object = None, *, prefix: str = "") -> None:
+    """Raise TypeError or ValueError, naming the parameter, unless each is None or valid by itself.
 
     That ``block_size * block_topk`` suffices for an indexer's topk is known only where the indexer is.
     """
     for name, value in (("block_size", block_size), ("block_topk", block_topk)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{prefix}{name}: got {value!r} ({type(value).__name__}), expected a positive int or None")
+    if coarse is not None and not isinstance(coarse, str):
+        stages = ", ".join(map(repr, COARSE_STAGES))
+        raise TypeError(f"{prefix}coarse: got {coarse!r} ({type(coarse).__name__}), expected None or one of {stages}")
+    check_coarse(coarse, prefix)
     assert block_size is None or isinstance(block_size, int)
     assert block_topk is None or isinstance(block_topk, int)
     try:

@@ -24,7 +24,13 @@ def hisa(target: T, /) -> T: ...
 
 
 @overload
-def hisa(*, block_size: int | None = None, block_topk: int | None = None, enabled: bool = True) -> Callable[[T], T]: ...
+def hisa(
+    *,
+    block_size: int | None = None,
+    block_topk: int | None = None,
+    coarse: str | None = None,
+    enabled: bool = True,
+) -> Callable[[T], T]: ...
 
 
 def hisa(
@@ -33,6 +39,7 @@ def hisa(
     *,
     block_size: int | None = None,
     block_topk: int | None = None,
+    coarse: str | None = None,
     enabled: bool = True,
 ) -> Any:
     """Mark everything a function, or a module class's ``forward``, computes when compiled.
@@ -44,7 +51,8 @@ def hisa(
         class Indexer(nn.Module): ...
 
     Args:
-        block_size, block_topk: the budget of indexers in the region; None = as the backend's options say.
+        block_size, block_topk, coarse: the budget of indexers in the region, and what blocks are ranked by, "paper" or
+            "probe"; None = as the backend's options say.
         enabled: False leaves the region's indexers flat.
 
     The backend honours marks always; with ``hisa.scope="marked"`` it rewrites nothing else.  Where regions
@@ -55,12 +63,12 @@ def hisa(
     Raises:
         TypeError: the target is not one of the above (a module instance, a compiled function, a generator,
             ...), or an argument has the wrong type.
-        ValueError: a budget value is out of range.
+        ValueError: a budget value is out of range, or ``coarse`` is no stage.
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"hisa: enabled: got {enabled!r} ({type(enabled).__name__}), expected True or False")
-    check_budget(block_size, block_topk, prefix="hisa: ")
-    mark = Mark(enabled, block_size, block_topk)
+    check_budget(block_size, block_topk, coarse, prefix="hisa: ")
+    mark = Mark(enabled, block_size, block_topk, coarse)
     if target is None:
         return functools.partial(_decorate, mark=mark)
     return _decorate(target, mark)

@@ -19,6 +19,7 @@ from torch import Tensor
 from .config import check_budget
 from .ops import Budget, Visibility, indexer_topk, pool_keys, resolve_budget
 from .ops.budget import LARGEST_DEFAULT_BLOCK, SMALLEST_BLOCK_TOPK
+from .ops.coarse import PAPER, PROBE, resolve_coarse
 from .ops.reference import visible_tokens
 from .ops.validate import check_arguments
 
@@ -35,7 +36,7 @@ class Fidelity:
     nothing is pruned, all are 1.  Both selections of a sampled query have topk tokens.  Tokens that score the same as
     the last one of the flat selection could have been in it as well, and count as if they were.
 
-    topk, budget: what was asked for; the budget is the resolved one.
+    topk, budget, coarse: what was asked for; budget and coarse stage are the resolved ones.
     queries: all queries, B * S.
     exact_queries: those among them whose selection is flat by construction: no more than topk tokens are visible,
         or no more than block_topk blocks hold a visible one.
@@ -49,12 +50,14 @@ class Fidelity:
     exact_share: share of the sampled queries with the flat selection.
     cost: keys scored a query, tokens and block means together: as many dot products a head.  Exact mean over all
         queries that see more than topk tokens, sampled or not: visible tokens where these fit in block_topk blocks,
-        else the blocks that hold one, plus block_size * block_topk.  0 if there is no such query.
+        else block_size * block_topk, plus for "paper" the blocks that hold a visible token, for "probe" 2 / H of the
+        visible tokens: two dot products each, shared out among the H heads.  0 if there is no such query.
     flat_cost: the mean number of tokens that these queries see.
     """
 
     topk: int
     budget: Budget
+    coarse: str
     queries: int
     exact_queries: int
     sampled: int
@@ -78,7 +81,7 @@ class Fidelity:
             "equal to flat": _show(self.exact_share),
             "keys scored a query": f"{self.cost:.0f}, flat {self.flat_cost:.0f}",
         }
-        return "\n".join([f"HISA, {_describe(self.topk, self.budget)}"] + [f"  {k:<21}{v}" for k, v in rows.items()])
+        return "\n".join([f"HISA, {_describe(self)}"] + [f"  {k:<21}{v}" for k, v in rows.items()])
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Recommendation:
 
     points: everything measured, by block size and number of blocks; last comes the exact regime, which keeps every
         block, is flat by construction and costs as much.
-    best: the one of least ``cost`` whose ``recall`` reaches ``target_recall``.
+    best: the one of least ``cost`` whose ``recall`` reaches ``target_recall``.  Its ``coarse`` is part of what was
+        measured: without it the same budget may get another coarse stage for more tokens.
     """
 
     target_recall: float
@@ -122,7 +126,7 @@ class Recommendation:
         best, exact = self.best, self.points[-1]
         if self.prunes:
             verdict = (
-                f"{_describe(best.topk, best.budget)} reaches a recall of {_show(best.recall)} (target "
+                f"{_describe(best)} reaches a recall of {_show(best.recall)} (target "
                 f"{self.target_recall:g}) and scores {best.cost:.0f} keys a query, flat {best.flat_cost:.0f}"
             )
         elif len(self.points) == 1:
@@ -136,12 +140,13 @@ class Recommendation:
                 f"indexer's {best.flat_cost:.0f} keys a query: leave this indexer flat, or lower the target"
             )
         front = self.pareto
-        table = [f"  {'B':>6} {'m':>6} {'m*B':>8} {'keys':>8} {'recall':>7} {'IoU':>7} {'worst':>7} {'score':>7}"]
+        head = f"  {'B':>6} {'m':>6} {'m*B':>8} {'coarse':>6} {'keys':>8} "
+        table = [head + f"{'recall':>7} {'IoU':>7} {'worst':>7} {'score':>7}"]
         for point in self.points:
             size, kept = point.budget
             figures = (point.recall, point.iou, point.worst_iou, point.score_share)
             marks = "*" * (point in front) + " exact" * (point.sampled == 0) + " <- best" * (point == best)
-            line = f"  {size:>6} {kept:>6} {point.budget.candidates:>8} {point.cost:>8.0f} "
+            line = f"  {size:>6} {kept:>6} {point.budget.candidates:>8} {point.coarse:>6} {point.cost:>8.0f} "
             table.append((line + " ".join(f"{_show(figure):>7}" for figure in figures) + f" {marks}").rstrip())
         return "\n".join([verdict, *table, "  *: nothing is cheaper and as good, or better and as cheap"])
 
@@ -162,6 +167,7 @@ def fidelity(
     q_segment: Tensor | None = None,
     k_segment: Tensor | None = None,
     k_weight: Tensor | None = None,
+    coarse: str | None = None,
     queries: int = 64,
     seed: int = 0,
 ) -> Fidelity:
@@ -172,7 +178,7 @@ def fidelity(
 
     Args:
         q, k, weights, topk, block_size, block_topk, window_start, window_end, key_valid, mask, k_scale, q_segment,
-            k_segment, k_weight: as :func:`hisa_compile.indexer_topk` takes them.
+            k_segment, k_weight, coarse: as :func:`hisa_compile.indexer_topk` takes them.
         queries: how many queries of each batch entry are compared at most, at least 1.  They are drawn at random,
             all alike, from those that the budget prunes.
         seed: of that draw.  The same seed draws the same queries.
@@ -185,10 +191,10 @@ def fidelity(
         ValueError, TypeError: as :func:`hisa_compile.indexer_topk`, and for ``queries``; the message names the
             argument, what it got and expected.
     """
-    check_budget(block_size, block_topk)
+    check_budget(block_size, block_topk, coarse)
     options = {"window_start": window_start, "window_end": window_end, "key_valid": key_valid, "mask": mask}
     options |= {"q_segment": q_segment, "k_segment": k_segment, "k_scale": k_scale, "k_weight": k_weight}
-    capture = _Capture(q, k, weights, topk, options)
+    capture = _Capture(q, k, weights, topk, options, coarse)
     budget = resolve_budget(topk, block_size, block_topk)
     return capture.measure([budget], capture.count([budget.block_size]), queries, seed)[0]
 
@@ -209,6 +215,7 @@ def recommend_budget(
     q_segment: Tensor | None = None,
     k_segment: Tensor | None = None,
     k_weight: Tensor | None = None,
+    coarse: str | None = None,
     queries: int = 64,
     seed: int = 0,
 ) -> Recommendation:
@@ -219,8 +226,9 @@ def recommend_budget(
     the queries that its budget prunes, so a larger budget is judged by the queries that see more.
 
     Args:
-        q, k, weights, topk, window_start, window_end, key_valid, mask, k_scale, q_segment, k_segment, k_weight: as
-            :func:`hisa_compile.indexer_topk` takes them.
+        q, k, weights, topk, window_start, window_end, key_valid, mask, k_scale, q_segment, k_segment, k_weight,
+            coarse: as :func:`hisa_compile.indexer_topk` takes them.  Without ``coarse`` each budget is measured with
+            the coarse stage that the operator chooses for it.
         target_recall: the mean recall to reach, more than 0 and at most 1.
         block_sizes: the block sizes to try, in tokens, each at least 1.
         queries, seed: as in :func:`fidelity`.
@@ -245,9 +253,10 @@ def recommend_budget(
     if not sizes:
         raise ValueError("block_sizes: got none, expected one or more integers")
     sizes = sorted(set(sizes))
+    check_budget(None, None, coarse)
     options = {"window_start": window_start, "window_end": window_end, "key_valid": key_valid, "mask": mask}
     options |= {"q_segment": q_segment, "k_segment": k_segment, "k_scale": k_scale, "k_weight": k_weight}
-    capture = _Capture(q, k, weights, topk, options)
+    capture = _Capture(q, k, weights, topk, options, coarse)
     seen = capture.count(sizes)
     budgets = [budget for size in sizes for budget in _candidate_budgets(topk, size, seen)]
     points = capture.measure([*budgets, capture.every_block(sizes[-1])], seen, queries, seed)
@@ -260,9 +269,10 @@ def _show(share: float) -> str:
     return f"{math.floor(share * 1e4 + 1e-6) / 1e4:.4f}"
 
 
-def _describe(topk: int, budget: Budget) -> str:
-    size, kept = budget
-    return f"topk={topk}, block_size={size}, block_topk={kept} ({budget.candidates} candidates)"
+def _describe(point: Fidelity) -> str:
+    size, kept = point.budget
+    budget = f"block_size={size}, block_topk={kept} ({point.budget.candidates} candidates)"
+    return f"topk={point.topk}, {budget}, coarse={point.coarse}"
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
@@ -287,6 +297,7 @@ class _Seen:
     """What the queries see: tokens int64 [B, S], and by block size the blocks that hold one of them, int64 [B, S]."""
 
     topk: int
+    heads: int
     tokens: Tensor
     blocks: dict[int, Tensor]
 
@@ -299,13 +310,15 @@ class _Seen:
         """Which queries may be selected for otherwise than by the flat indexer, bool [B, S]."""
         return self.chooses & (self.blocks[budget.block_size] > budget.block_topk)
 
-    def cost(self, budget: Budget) -> tuple[float, float]:
+    def cost(self, budget: Budget, stage: str) -> tuple[float, float]:
         """``cost`` and ``flat_cost`` of :class:`Fidelity`."""
-        chooses, blocks = self.chooses, self.blocks[budget.block_size]
+        chooses = self.chooses
         if not chooses.any():
             return 0.0, 0.0
-        scored = torch.where(blocks > budget.block_topk, blocks + budget.candidates, self.tokens)
-        return float(scored[chooses].double().mean()), float(self.tokens[chooses].double().mean())
+        blocks, tokens = self.blocks[budget.block_size].double(), self.tokens.double()
+        coarse = tokens * 2 / max(self.heads, 1) if stage == PROBE else blocks
+        scored = torch.where(blocks > budget.block_topk, coarse + budget.candidates, tokens)
+        return float(scored[chooses].mean()), float(tokens[chooses].mean())
 
 
 class _Capture:
@@ -314,12 +327,20 @@ class _Capture:
     A row of the operator's result depends on that row of q, weights, the windows, mask and q_segment alone.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, weights: Tensor, topk: int, options: dict[str, Tensor | None]) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        weights: Tensor,
+        topk: int,
+        options: dict[str, Tensor | None],
+        coarse: str | None,
+    ) -> None:
         # The operator's own checks, on the whole arguments: what it says of a sample would be about other shapes.
         check_arguments(q, k, weights, **options)
         _check_integer("topk", topk, 0)
         # Contiguous keys: every budget gathers from them, twice as fast on a CPU as from transposed ones.
-        self.q, self.k, self.weights, self.topk = q, k.contiguous(), weights, topk
+        self.q, self.k, self.weights, self.topk, self.coarse = q, k.contiguous(), weights, topk, coarse
         self.batch, self.queries, self.tokens = *q.shape[:2], k.shape[1]
         shapes = dict.fromkeys(("window_start", "window_end", "q_segment"), q.shape[:2])
         shapes["mask"] = torch.Size((*q.shape[:2], self.tokens))
@@ -331,17 +352,31 @@ class _Capture:
         """A budget that prunes nothing."""
         return Budget(block_size, max(-(-max(self.tokens, self.topk) // block_size), SMALLEST_BLOCK_TOPK))
 
+    def stage(self, budget: Budget) -> str:
+        """The coarse stage that a budget has."""
+        return resolve_coarse(self.coarse, self.tokens, self.q.shape[2], budget, pooled=False)
+
     def _options(self, entry: int, rows: Tensor | slice) -> dict[str, Tensor]:
         one = slice(entry, entry + 1)
         by_query = {name: _rows_of(x[one], rows) for name, x in self._by_query.items()}
         return by_query | {name: x[one] for name, x in self._by_token.items()}
 
-    def _select(self, entry: int, rows: Tensor, budget: Budget, means: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The operator's indices and scores for some queries of a batch entry, each [R, k']."""
+    def _select(
+        self, entry: int, rows: Tensor, budget: Budget, means: dict[int, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The operator's indices and scores for some queries of a batch entry, each [R, k'].
+
+        ``means``: those of blocks that are known, by block size; what is missing is added.
+        """
         one = slice(entry, entry + 1)
         q, k, weights = _rows_of(self.q[one], rows), self.k[one], _rows_of(self.weights[one], rows)
         options: dict[str, Any] = self._options(entry, rows) | budget._asdict()
-        indices, scores = indexer_topk(q, k, weights, self.topk, k_pooled=means, **options)
+        options["coarse"] = self.stage(budget)
+        if means is not None and options["coarse"] == PAPER:
+            if budget.block_size not in means:
+                means[budget.block_size] = self._means(entry, budget.block_size)
+            options["k_pooled"] = means[budget.block_size]
+        indices, scores = indexer_topk(q, k, weights, self.topk, **options)
         return indices[0], scores[0]
 
     def _means(self, entry: int, block_size: int) -> Tensor:
@@ -357,7 +392,7 @@ class _Capture:
         for entry in range(self.batch if self.tokens and self.queries else 0):
             counting = self._count_in_mask if "mask" in self._by_query else self._count_in_vectors
             counting(entry, tokens[entry], {size: x[entry] for size, x in blocks.items()})
-        return _Seen(self.topk, tokens, blocks)
+        return _Seen(self.topk, self.q.shape[2], tokens, blocks)
 
     def _count_in_mask(self, entry: int, tokens: Tensor, blocks: dict[int, Tensor]) -> None:
         """Token by token, for some queries at a time.  Writes ``tokens`` [S] and ``blocks`` [S]."""
@@ -425,10 +460,8 @@ class _Capture:
             means: dict[int, Tensor] = {}
             for budget, rows, own in zip(budgets, samples, figures, strict=True):
                 if rows.numel():
-                    size = budget.block_size
-                    means[size] = self._means(entry, size) if size not in means else means[size]
                     at = torch.searchsorted(together, rows)
-                    found = self._select(entry, rows, budget, means[size])
+                    found = self._select(entry, rows, budget, means)
                     own.append(_compare(found, (flat[0][at], flat[1][at])).cpu())
         return tuple(self._summary(budget, seen, own) for budget, own in zip(budgets, figures, strict=True))
 
@@ -437,13 +470,15 @@ class _Capture:
         exact = total - int(seen.pruned(budget).sum())
         recall, share = torch.cat([*figures, torch.empty(2, 0, dtype=torch.float64)], dim=1)
         sampled = recall.shape[0]
-        cost, flat_cost = seen.cost(budget)
+        stage = self.stage(budget)
+        cost, flat_cost = seen.cost(budget, stage)
         if sampled == 0:
-            return Fidelity(self.topk, budget, total, exact, 0, 1.0, 1.0, 1.0, 1.0, 1.0, cost, flat_cost)
+            return Fidelity(self.topk, budget, stage, total, exact, 0, 1.0, 1.0, 1.0, 1.0, 1.0, cost, flat_cost)
         iou = (recall / (2 - recall)).sort().values
         return Fidelity(
             self.topk,
             budget,
+            stage,
             queries=total,
             exact_queries=exact,
             sampled=sampled,

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hisa_compile
 from hisa_compile import Budget, Report, history
+from hisa_compile.ops import schema
+from hisa_compile.ops.coarse import resolve_coarse
 from hisa_compile.passes import PassSettings, rewrite
 from hisa_compile.passes.inductor_pass import RewritePass, compose
 
@@ -109,6 +111,34 @@ def test_a_growing_context_needs_one_compile(base):
             torch.testing.assert_close(selected_scores(model, x, result), selected_scores(model, x, model(x)))
     new = hisa_compile.reports()[before:]
     assert [len(report.rewritten) for report in new] == [1]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_coarse_stage_that_is_not_given_is_chosen_at_each_length(base, monkeypatch):
+    """One compiled code for all lengths: 16 heads, 16 candidates, so the probe up to 32 tokens."""
+    chosen = []
+
+    def choosing(coarse, tokens, heads, budget, pooled):
+        chosen.append((coarse, resolve_coarse(coarse, tokens, heads, budget, pooled)))
+        return chosen[-1][1]
+
+    monkeypatch.setattr(schema, "resolve_coarse", choosing)
+    model = seeded(Indexer, 16)
+    with torch.no_grad():
+        run = compiled(model, base=base, block_size=4, block_topk=4)
+        before = len(hisa_compile.reports())
+        results = {}
+        for tokens in (32, 33):
+            x = hidden_states(tokens)
+            torch._dynamo.mark_dynamic(x, 1)
+            results[tokens] = run(x)
+        assert chosen == [(None, "probe"), (None, "paper")]
+        assert len(hisa_compile.reports()) == before + 1
+        for tokens, stage in ((32, "probe"), (33, "paper")):
+            torch._dynamo.reset()
+            asked = compiled(model, base=base, block_size=4, block_topk=4, coarse=stage)(hidden_states(tokens))
+            assert torch.equal(results[tokens], asked)
+        assert chosen[2:] == [("probe", "probe"), ("paper", "paper")]
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -225,12 +255,13 @@ def test_one_line_is_logged_for_every_compile(caplog):
         torch._dynamo.reset()
         caplog.clear()
         with caplog.at_level(level, logger="hisa_compile"), torch.no_grad():
-            compiled(Indexer(), base="aot_eager", block_size=8)(hidden_states(24))
+            compiled(Indexer(), base="aot_eager", block_size=8, coarse="paper")(hidden_states(24))
         lines = [record.getMessage() for record in caplog.records if record.name == "hisa_compile"]
         assert len(lines) == expected
         assert "1 of 1" in lines[0]
         assert "aot_eager" in lines[0]
         assert "block_size=8" in lines[0]
+        assert "coarse='paper'" in lines[0]
     assert lines[1] == str(hisa_compile.reports()[-1])
 
 

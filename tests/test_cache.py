@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import hisa_compile
 from hisa_compile import hisa, history
 from hisa_compile.config import parse_options
 from hisa_compile.fingerprint import rewrite_id
-from hisa_compile.passes import MARK_KEY, PassSettings, rewrite
+from hisa_compile.passes import MARK_KEY, Mark, PassSettings, rewrite
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +33,10 @@ def plain(x):
 
 off = hisa(enabled=False)(plain)
 small = hisa(block_size=4, block_topk=2)(plain)
+# Equal but for the coarse stage.
+by_mean = hisa(block_size=4, block_topk=4, coarse="paper")(plain)
+by_probe = hisa(block_size=4, block_topk=4, coarse="probe")(plain)
+VARIANTS = {"plain": plain, "off": off, "small": small, "by_mean": by_mean, "by_probe": by_probe}
 
 
 def run(function, **options):
@@ -70,7 +75,7 @@ def _cache():
 @pytest.fixture(scope="module")
 def first():
     """What the first compile of each variant gave."""
-    return {"plain": run(plain), "off": run(off), "small": run(small)}
+    return {name: run(function) for name, function in VARIANTS.items()}
 
 
 def test_models_that_differ_in_marks_alone_share_nothing(first):
@@ -78,17 +83,20 @@ def test_models_that_differ_in_marks_alone_share_nothing(first):
     for _, _, hits, misses in first.values():
         assert (hits, misses) == (0, 1)
     budgets = {name: report.sites[0].budget for name, (_, report, _, _) in first.items()}
-    assert budgets == {"plain": (16, 16), "off": None, "small": (4, 2)}
+    assert budgets == {"plain": (16, 16), "off": None, "small": (4, 2), "by_mean": (4, 4), "by_probe": (4, 4)}
+    stages = {name: report.sites[0].coarse for name, (_, report, _, _) in first.items()}
+    assert stages == {"plain": None, "off": None, "small": None, "by_mean": "paper", "by_probe": "probe"}
     with torch.no_grad():
         assert torch.equal(first["off"][0], plain(hidden_states(64)))
     assert not torch.equal(first["plain"][0], first["off"][0])
     assert not torch.equal(first["plain"][0], first["small"][0])
+    assert not torch.equal(first["by_mean"][0], first["by_probe"][0])
 
 
 def test_a_hit_in_the_same_process_has_the_same_report(first, monkeypatch):
     """The pass does not run on a hit; result and report are the first compile's."""
     monkeypatch.setattr(rewrite, "rewrite_indexers", None)
-    for name, function in (("plain", plain), ("off", off), ("small", small)):
+    for name, function in VARIANTS.items():
         result, report, hits, misses = run(function)
         assert (hits, misses) == (1, 0), name
         assert torch.equal(result, first[name][0])
@@ -96,11 +104,15 @@ def test_a_hit_in_the_same_process_has_the_same_report(first, monkeypatch):
 
 
 def test_other_settings_are_other_code(first):
-    """A changed budget or scope misses the cache and is in the report."""
+    """A changed budget, coarse stage or scope misses the cache and is in the report."""
     _, report, hits, _ = run(plain, **{"hisa.block_size": 32})
     assert (hits, report.sites[0].budget) == (0, (32, 16))
     _, report, hits, _ = run(plain, **{"hisa.scope": "marked"})
     assert (hits, report.rewritten) == (0, ())
+    for stage, same in (("paper", "by_mean"), ("probe", "by_probe")):
+        result, report, hits, _ = run(plain, **{"hisa.block_size": 4, "hisa.block_topk": 4, "hisa.coarse": stage})
+        assert (hits, report.sites[0].budget, report.sites[0].coarse) == (0, (4, 4), stage)
+        assert torch.equal(result, first[same][0])
 
 
 def test_a_lost_report_is_found_out_again(first):
@@ -144,13 +156,16 @@ def test_the_id_covers_settings_and_every_mark():
             node.meta["custom"] = {MARK_KEY: mark}
         return gm
 
-    on, off = ({"enabled": enabled, "block_size": None, "block_topk": None} for enabled in (True, False))
+    on, off, probed = (Mark(*own).to_annotation() for own in ((True,), (False,), (True, None, None, "probe")))
     nested = graph()
     nested.add_submodule("body", graph(on))
     ids = [
         rewrite_id(graph(), PassSettings()),
         rewrite_id(graph(), PassSettings(block_size=8)),
         rewrite_id(graph(), PassSettings(scope="marked")),
+        rewrite_id(graph(), PassSettings(coarse="paper")),
+        rewrite_id(graph(), PassSettings(coarse="probe")),
+        rewrite_id(graph(probed), PassSettings()),
         rewrite_id(graph(on), PassSettings()),
         rewrite_id(graph(off), PassSettings()),
         rewrite_id(graph(on, off), PassSettings()),
@@ -158,13 +173,14 @@ def test_the_id_covers_settings_and_every_mark():
         rewrite_id(nested, PassSettings()),
     ]
     assert len(set(ids)) == len(ids)
-    assert rewrite_id(graph(on), PassSettings()) == ids[3]
+    assert rewrite_id(graph(on), PassSettings()) == ids[6]
     assert rewrite_id(graph(), parse_options({"max_autotune": True}).settings) == ids[0]
 
 
 def test_stored_reports_are_read_whole_or_not_at_all(tmp_path):
     """What can't be read counts as not there; nothing is left over beside the file."""
     site = hisa_compile.Site("topk", "layer (Indexer)", "model.py:7", "", 4, 2, 8, hisa_compile.Budget(8, 2), ("note",))
+    site = dataclasses.replace(site, coarse="probe")
     history.store(tmp_path / "reports", "key", [site])
     assert history.load(tmp_path / "reports", "key") == (site,)
     assert [path.name for path in (tmp_path / "reports").iterdir()] == ["key.json"]

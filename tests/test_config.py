@@ -12,7 +12,7 @@ def test_no_options_mean_the_defaults():
     """Nothing given: budgets are derived, all indexers are rewritten, Inductor generates the code."""
     for empty in (None, {}):
         options = parse_options(empty)
-        assert options.settings == PassSettings(block_size=None, block_topk=None, scope="all")
+        assert options.settings == PassSettings(block_size=None, block_topk=None, scope="all", coarse=None)
         assert options.base == "inductor"
         assert options.inductor == {}
 
@@ -20,8 +20,9 @@ def test_no_options_mean_the_defaults():
 def test_our_keys_are_taken_out_and_the_rest_is_inductors():
     """Keys that start with anything but "hisa." reach Inductor unchanged."""
     given = {"hisa.block_size": 32, "max_autotune": True, "hisa.block_topk": 8, "hisa.scope": "marked", "hisabella": 1}
+    given["hisa.coarse"] = "probe"
     options = parse_options(given)
-    assert options.settings == PassSettings(32, 8, "marked")
+    assert options.settings == PassSettings(32, 8, "marked", "probe")
     assert options.inductor == {"max_autotune": True, "hisabella": 1}
     assert given["hisa.block_size"] == 32
 
@@ -48,6 +49,19 @@ def test_a_budget_out_of_range_is_a_value_error(key, value):
     """The first and the last block are always kept, so fewer than two blocks are no budget."""
     with pytest.raises(ValueError, match=rf"{key}: got {value}, expected"):
         parse_options({key: value})
+
+
+def test_a_coarse_stage_is_one_of_two_or_left_open():
+    """The message names the key, what it got and what there is."""
+    for stage in ("paper", "probe", None):
+        assert parse_options({"hisa.coarse": stage}).settings == PassSettings(coarse=stage)
+    expected = r"expected None or one of 'paper', 'probe'$"
+    with pytest.raises(ValueError, match=rf"^hisa\.coarse: got 'mean', {expected}"):
+        parse_options({"hisa.coarse": "mean"})
+    with pytest.raises(TypeError, match=rf"^hisa\.coarse: got True \(bool\), {expected}"):
+        parse_options({"hisa.coarse": True})
+    with pytest.raises(ValueError, match=r"did you mean 'hisa\.coarse'"):
+        parse_options({"hisa.course": "paper"})
 
 
 @pytest.mark.parametrize("key", ["hisa.scope", "hisa.base"])

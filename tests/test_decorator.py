@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import hisa_compile
 from hisa_compile import Budget, hisa
+from hisa_compile.ops import reference
 
 BASES = ("inductor", "aot_eager", "eager")
 
@@ -84,6 +86,30 @@ def test_what_a_mark_leaves_open_comes_from_the_options():
     assert [site.budget for site in sites] == [Budget(4, 6)]
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_a_coarse_stage_reaches_the_call_from_marks_and_options(base):
+    """What is compiled selects as the operator does with the mark's stage, else the backend's, else its own choice."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, w = (
+        torch.randint(-3, 4, size, generator=generator).float() for size in ((1, 64, 2, 8), (1, 64, 8), (1, 64, 2))
+    )
+    budget = {"block_size": 4, "block_topk": 4}
+    window_end = torch.arange(1, 65, dtype=torch.int32)
+    wanted = {
+        stage: reference.indexer_topk(q, k, w, 4, **budget, window_end=window_end, coarse=stage)[0].long()
+        for stage in ("paper", "probe", None)
+    }
+    # Two heads are too few for the probe to be chosen.
+    assert torch.equal(wanted[None], wanted["paper"])
+    assert not torch.equal(wanted["probe"], wanted["paper"])
+    for own, given in itertools.product(("paper", "probe", None), repeat=2):
+        torch._dynamo.reset()
+        marked = hisa(coarse=own)(flat_selection)
+        result, sites = compiled_sites(marked, q, k, w, 4, base=base, coarse=given, **budget)
+        assert torch.equal(result, wanted[own or given])
+        assert [(site.budget, site.coarse) for site in sites] == [(Budget(4, 4), own or given)]
+
+
 def test_the_innermost_mark_counts():
     """A mark inside another one replaces it whole."""
     inner = hisa(block_size=4, block_topk=5)(flat_selection)
@@ -99,14 +125,14 @@ def test_the_innermost_mark_counts():
 
 @pytest.mark.parametrize("scope", ["all", "marked"])
 def test_a_graph_break_in_a_region_does_not_lose_the_mark(scope):
-    """Dynamo compiles the parts of a broken region one by one; an opt-out must hold in each, a budget too."""
+    """Dynamo compiles the parts of a broken region one by one; an opt-out must hold in each, a budget and stage too."""
 
     def broken(x, indexer):
         first = indexer(x)
         torch._dynamo.graph_break()
         return first, indexer(2 * x)
 
-    off, small = hisa(enabled=False)(broken), hisa(block_size=8, block_topk=3)(broken)
+    off, small = hisa(enabled=False)(broken), hisa(block_size=8, block_topk=3, coarse="paper")(broken)
 
     def model(x, indexer):
         return off(x + 1, indexer), small(x, indexer), broken(x, indexer)
@@ -114,6 +140,7 @@ def test_a_graph_break_in_a_region_does_not_lose_the_mark(scope):
     _, sites = compiled_sites(model, hidden_states(40), Indexer(), fullgraph=False, scope=scope, block_size=16)
     unmarked = [Budget(16, 16)] * 2 if scope == "all" else [None] * 2
     assert [site.budget for site in sites] == [None] * 2 + [Budget(8, 3)] * 2 + unmarked
+    assert [site.coarse for site in sites] == [None] * 2 + ["paper"] * 2 + [None] * 2
 
 
 def test_a_function_decorated_inside_a_model_is_marked():
@@ -218,3 +245,7 @@ def test_a_wrong_argument_fails_where_it_is_written():
         hisa(block_size="64")
     with pytest.raises(TypeError, match="enabled: got 1"):
         hisa(enabled=1)
+    with pytest.raises(ValueError, match="hisa: coarse: got 'mean', expected None or one of 'paper', 'probe'"):
+        hisa(coarse="mean")
+    with pytest.raises(TypeError, match=r"hisa: coarse: got 64 \(int\), expected None or one of"):
+        hisa(coarse=64)

@@ -18,6 +18,10 @@ from torch.nn import functional as F
 
 import hisa_compile
 from hisa_compile import Budget, explain, hisa
+from hisa_compile.ops.coarse import resolve_coarse
+
+# Within m * B = 32 tokens, and on both sides of 64 = H * m * B / 8, where 16 heads change the coarse stage.
+LENGTHS = (1, 32, 33, 63, 64, 65, 1000)
 
 
 @pytest.fixture(autouse=True)
@@ -146,10 +150,42 @@ def test_the_work_of_a_site_is_an_expression_in_the_context_length():
     assert site.work_after.subs({symbol: 16}) == site.work_before.subs({symbol: 16})
 
 
+@pytest.mark.parametrize("heads", [3, 16])
+def test_the_work_of_a_site_knows_the_coarse_stage(heads):
+    """The means of blocks, or two heads on each token; where none is asked for, the one that a call would choose."""
+    model, x = seeded(Indexer, heads), hidden_states(24)
+    options = {"hisa.block_size": 8, "hisa.block_topk": 4}
+    asked = {}
+    for stage in (None, "paper", "probe"):
+        (site,) = explain(model, x, hisa_options={**options, "hisa.coarse": stage}).sites
+        asked[stage] = [
+            site.work_after.subs({symbol: tokens}) for symbol in site.work_after.free_symbols for tokens in LENGTHS
+        ]
+    assert asked["paper"] == [heads * 8 * (n if n <= 32 else -(-n // 8) + 32) for n in LENGTHS]
+    assert asked["probe"] == [8 * (heads * n if n <= 32 else 2 * n + heads * 32) for n in LENGTHS]
+    for number, n in enumerate(LENGTHS):
+        assert asked[None][number] == asked[resolve_coarse(None, n, heads, Budget(8, 4), False)][number]
+
+
+def test_a_coarse_stage_is_part_of_the_answer(capsys):
+    """Printed where it was asked for; budget and what stays exact do not depend on it."""
+    model, x, budget = seeded(Indexer, 3, 8, 512), hidden_states(600, batch=1), Budget(32, 64)
+    for stage in (None, "probe", "paper"):
+        (site,) = explain(model, x, hisa_options={"hisa.coarse": stage}).sites
+        assert (site.budget, site.coarse, site.exact_up_to) == (budget, stage, 2048)
+        size, kept = budget
+        said = (
+            f"block_size={size} block_topk={kept}{f' coarse={stage}' * (stage is not None)}, exact up to 2048 visible"
+        )
+        assert said in capsys.readouterr().out
+
+
 def test_wrong_options_are_refused():
     """As in torch.compile; Inductor's options are nothing to explain and are passed over."""
     with pytest.raises(ValueError, match=r"hisa\.blocks"):
         explain(Indexer(), hidden_states(24), hisa_options={"hisa.blocks": 1})
+    with pytest.raises(ValueError, match=r"hisa\.coarse: got 'mean'"):
+        explain(Indexer(), hidden_states(24), hisa_options={"hisa.coarse": "mean"})
     assert explain(Indexer(), hidden_states(24), hisa_options={"max_autotune": True}).rewritten
 
 

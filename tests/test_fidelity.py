@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import DTYPES, LAYOUTS, Call, calls, make_values
 from torch import Tensor
 
 from hisa_compile import Budget, Fidelity, Recommendation, fidelity, indexer_topk, recommend_budget, resolve_budget
 from hisa_compile.ops import reference
+from hisa_compile.ops.coarse import resolve_coarse
 
 # The package has the function under this name.
 MODULE = importlib.import_module("hisa_compile.fidelity")
 FIGURES = ("iou", "worst_iou", "recall", "score_share", "exact_share")
+STAGES = st.sampled_from((None, "paper", "probe"))
 LARGEST = torch.finfo(torch.float32).max
 PAGE = Path(__file__).parent.parent / "docs" / "fidelity.md"
 
@@ -38,8 +41,10 @@ def by_query(call: Call) -> list[dict[str, Any]]:
     """Each query in plain Python, from the reference's selections: what it sees, and how both selections compare."""
     size = call.options["block_size"]
     budget = resolve_budget(call.topk, size, call.options["block_topk"])
+    heads = call.q.shape[2]
+    stage = resolve_coarse(call.options.get("coarse"), call.k.shape[1], heads, budget, False)
     visible = reference.visible_tokens(call.q, call.k, **call.visibility).flatten(0, 1)
-    options = {name: x for name, x in call.options.items() if name not in ("block_size", "block_topk")}
+    options = {name: x for name, x in call.options.items() if name not in ("block_size", "block_topk", "coarse")}
     flat = call._replace(options=options | {"sorted": True, "mark_hidden": True}).run(reference.flat_topk)
     found = call.with_options(sorted=True, mark_hidden=True).run(reference.indexer_topk)
     rows = []
@@ -68,7 +73,7 @@ def by_query(call: Call) -> list[dict[str, Any]]:
                 "iou": common / (len(wanted) + len(own) - common) if wanted else 1.0,
                 "share": share,
                 "seen": seen,
-                "cost": blocks + budget.candidates if pruned else seen,
+                "cost": (2 * seen / heads if stage == "probe" else blocks) + budget.candidates if pruned else seen,
             }
         )
     return rows
@@ -118,14 +123,17 @@ def causal(queries: int, tokens: int) -> Tensor:
 
 
 @settings(max_examples=600, deadline=None)
-@given(calls(dtypes=DTYPES, layouts=LAYOUTS, max_queries=9))
-def test_every_figure_is_that_of_a_loop_over_the_queries(call: Call) -> None:
-    """Any visibility, factors, dtypes, ties, NaN and inf; and no query that is left out differs from flat."""
+@given(calls(dtypes=DTYPES, layouts=LAYOUTS, max_queries=9, coarse=(None,)), STAGES)
+def test_every_figure_is_that_of_a_loop_over_the_queries(call: Call, stage: str | None) -> None:
+    """Any visibility, factors, dtypes, coarse stage, ties, NaN and inf; no query that is left out differs from flat."""
+    call = call.with_options(coarse=stage)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "MASK_ELEMENTS", 200)
         result = measured(call)
     rows = by_query(call)
     assert result.budget == (call.options["block_size"], call.options["block_topk"])
+    # With four heads or fewer the probe is nothing to choose beyond m * B tokens.
+    assert result.coarse == (stage or "paper") or result.sampled == 0
     for name, value in expected(rows).items():
         assert getattr(result, name) == pytest.approx(value, rel=1e-12, abs=1e-12), name
     assert all(row["recall"] == 1 for row in rows if not row["pruned"])
@@ -135,11 +143,13 @@ def test_every_figure_is_that_of_a_loop_over_the_queries(call: Call) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("how", ["windows", "holes", "mask", "segments"])
-def test_figures_of_gaussian_values(how: str, seed: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("stage", ["paper", "probe"])
+def test_figures_of_gaussian_values(stage: str, how: str, seed: int, dtype: torch.dtype) -> None:
     """Sizes at which most queries are pruned, some are not, and no selection is all right or all wrong."""
     q, k, weights = (x.to(dtype) for x in smooth(queries=60, tokens=500, seed=seed))
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"block_size": 8, "block_topk": 12, "window_end": causal(60, 500) * 2 // 3 - 60}
+    options["coarse"] = stage
     options["window_end"][:7] = torch.tensor([0, 3, 20, 90, 96, 97, 104])
     if how == "holes":
         options["key_valid"] = torch.rand(2, 500, generator=generator) < 0.7
@@ -188,6 +198,56 @@ def test_a_default_budget_is_the_operators() -> None:
     assert fidelity(q, k, weights, 8).budget == resolve_budget(8)
     assert fidelity(q, k, weights, 8, block_size=4).budget == resolve_budget(8, 4)
     assert fidelity(q, k, weights, 8, block_topk=3).budget == resolve_budget(8, None, 3)
+    assert fidelity(q, k, weights, 8, coarse="paper").budget == resolve_budget(8)
+
+
+def test_a_default_coarse_stage_is_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen for each budget by T, H and m * B; the probe is never given means, means are made for the other alone."""
+    stages: list[tuple[int, str, bool]] = []
+
+    def selecting(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        stages.append((options["block_size"] * options["block_topk"], options["coarse"], "k_pooled" in options))
+        return indexer_topk(*args, **options)
+
+    monkeypatch.setattr(MODULE, "indexer_topk", selecting)
+    q, k, weights = make_values(torch.Generator().manual_seed(0), (1, 9, 640, 32, 8), torch.float32, "gaussian")
+    # 2 * 640 products, and 32 * m * B / 4: the probe from 160 candidates on.
+    result = recommend_budget(q, k, weights, 16, block_sizes=(4, 16, 64))
+    assert {point.coarse for point in result.points} == {"paper", "probe"}
+    for point in result.points:
+        assert point.coarse == ("probe" if point.budget.candidates >= 160 else "paper")
+        asked = fidelity(q, k, weights, 16, **point.budget._asdict(), coarse=point.coarse)
+        assert point == asked
+        if point.sampled:
+            blocks = -(-640 // point.budget.block_size)
+            coarse = 2 * 640 / 32 if point.coarse == "probe" else blocks
+            assert point.cost == coarse + point.budget.candidates
+    pruned = [call for call in stages if call[0] < 640]
+    assert all(pooled == (stage == "paper") == (candidates < 160) for candidates, stage, pooled in pruned)
+    assert not any(pooled for candidates, _, pooled in stages if candidates >= 640)
+
+
+@pytest.mark.parametrize("stage", ["paper", "probe"])
+def test_a_coarse_stage_that_is_asked_for_is_measured(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every budget, whatever the operator would choose; keys are averaged for the paper's alone."""
+    pooled: list[int] = []
+
+    def pooling(keys: Tensor, block_size: int, **options: Any) -> Tensor:
+        pooled.append(block_size)
+        return reference.block_means(keys, block_size, **options)
+
+    monkeypatch.setattr(MODULE, "pool_keys", pooling)
+    q, k, weights = make_values(torch.Generator().manual_seed(0), (2, 9, 640, 16, 8), torch.float32, "gaussian")
+    result = recommend_budget(q, k, weights, 16, block_sizes=(4, 64), coarse=stage)
+    assert {point.coarse for point in result.points} == {stage}
+    assert sorted(pooled) == ([4, 4, 64, 64] if stage == "paper" else [])
+    budget = {"block_size": 4, "block_topk": 24}
+    flat = reference.flat_topk(q, k, weights, 16)[0].tolist()
+    found = reference.indexer_topk(q, k, weights, 16, **budget, coarse=stage)[0].tolist()
+    rows = [(set(a), set(b)) for one, other in zip(flat, found, strict=True) for a, b in zip(one, other, strict=True)]
+    assert fidelity(q, k, weights, 16, **budget, coarse=stage).recall == pytest.approx(
+        sum(len(a & b) / 16 for a, b in rows) / len(rows)
+    )
 
 
 def test_equal_scores_at_the_edge_are_interchangeable() -> None:
@@ -331,6 +391,16 @@ def test_a_needle_that_one_mean_loses() -> None:
     assert figures(fidelity(**needles(), block_size=4, block_topk=10)) == dict.fromkeys(FIGURES, 1.0)
 
 
+def test_needles_that_the_probe_finds() -> None:
+    """In blocks of any size: it scores every token, and two heads of one are one product too many."""
+    lost = fidelity(**needles(), block_size=64, block_topk=10, coarse="paper")
+    found = fidelity(**needles(), block_size=64, block_topk=10, coarse="probe")
+    # All blocks without a needle, and two of the needles'.
+    assert (lost.recall, lost.cost) == (2 / 8, 16 + 640)
+    assert figures(found) == dict.fromkeys(FIGURES, 1.0)
+    assert found.cost == 2 * 1024 + 640
+
+
 def test_a_recommendation_finds_the_block_size_that_does_not_lose_it() -> None:
     """Blocks of 2 find them as well, of 8 candidates times 3 instead of 6, but score 512 means."""
     result = recommend_budget(**needles(), block_sizes=(64, 2, 8, 4, 4))
@@ -339,8 +409,8 @@ def test_a_recommendation_finds_the_block_size_that_does_not_lose_it() -> None:
     assert result.best.cost == 256 + 48
     assert result.best.recall == 1
     assert str(result).startswith(
-        "topk=8, block_size=4, block_topk=12 (48 candidates) reaches a recall of 1.0000 (target 0.99) and scores 304 "
-        "keys a query, flat 1024\n"
+        "topk=8, block_size=4, block_topk=12 (48 candidates), coarse=paper reaches a recall of 1.0000 (target 0.99) "
+        "and scores 304 keys a query, flat 1024\n"
     )
     budgets = [point.budget for point in result.points]
     assert [m for size, m in budgets if size == 64] == [2, 3, 4, 6, 8, 12, 16]
@@ -376,10 +446,11 @@ def test_queries_that_see_too_little_for_any_budget() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(calls(values="gaussian", dtypes=DTYPES, max_queries=9))
-def test_a_point_is_what_fidelity_gives_for_its_budget(call: Call) -> None:
+@given(calls(values="gaussian", dtypes=DTYPES, max_queries=9, coarse=(None,)), STAGES)
+def test_a_point_is_what_fidelity_gives_for_its_budget(call: Call, stage: str | None) -> None:
     """Also where samples of several budgets differ, bit for bit; and the best and the front are what they say."""
     options = {name: x for name, x in call.options.items() if name not in ("block_size", "block_topk")}
+    options["coarse"] = stage
     call = call._replace(topk=call.topk % 12, options=options)
     result: Recommendation = measured(call, recommend_budget, block_sizes=(2, 3, 8), queries=2, target_recall=0.7)
     for point in result.points:
@@ -441,6 +512,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "one block": {"block_topk": 1},
     "an empty block": {"block_size": 0},
     "too few candidates": {"block_size": 2, "block_topk": 3},
+    "no such coarse stage": {"coarse": "mean"},
 }
 
 
@@ -468,6 +540,8 @@ def test_errors_are_the_operators(wrong: dict[str, Any]) -> None:
         (recommend_budget, {"queries": True}, TypeError, "queries: got True (bool), expected an integer >= 1"),
         (fidelity, {"topk": 8.0}, TypeError, "topk: got 8.0 (float), expected an integer >= 0"),
         (fidelity, {"block_size": "16"}, TypeError, "block_size: got '16' (str), expected a positive int or None"),
+        (fidelity, {"coarse": 1}, TypeError, "coarse: got 1 (int), expected None or one of 'paper', 'probe'"),
+        (recommend_budget, {"coarse": b"paper"}, TypeError, "coarse: got b'paper' (bytes), expected None or one of"),
         (recommend_budget, {"target_recall": 0.0}, ValueError, "target_recall: got 0.0, expected more than 0"),
         (recommend_budget, {"target_recall": 1.01}, ValueError, "target_recall: got 1.01, expected more than 0"),
         (recommend_budget, {"target_recall": float("nan")}, ValueError, "target_recall: got nan, expected more"),
@@ -486,9 +560,9 @@ def test_errors_of_their_own(function: Any, wrong: dict[str, Any], error: type[E
 
 def test_a_table_says_all_of_it() -> None:
     """Shares are cut off, so that 1.0000 is 1."""
-    result = Fidelity(8, Budget(4, 2), 1000, 100, 64, 0.99996, 0.5, 0.0029, 1.0, 0.0, 1234.5, 99999.6)
+    result = Fidelity(8, Budget(4, 2), "probe", 1000, 100, 64, 0.99996, 0.5, 0.0029, 1.0, 0.0, 1234.5, 99999.6)
     assert str(result).splitlines() == [
-        "HISA, topk=8, block_size=4, block_topk=2 (8 candidates)",
+        "HISA, topk=8, block_size=4, block_topk=2 (8 candidates), coarse=probe",
         "  queries              1000, 100 exact by construction",
         "  compared             64 of 900",
         "  IoU                  0.9999",
@@ -519,6 +593,7 @@ def test_the_pages_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["options"] == {
         "hisa.block_size": names["found"].budget[0],
         "hisa.block_topk": names["found"].budget[1],
+        "hisa.coarse": names["found"].best.coarse,
     }
     exec(second, names)
     given = [names[name] for name in ("q", "k", "weights", "topk")]
@@ -530,7 +605,7 @@ def test_the_pages_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @settings(max_examples=20, deadline=None)
-@given(calls(dtypes=DTYPES, max_queries=9))
+@given(calls(dtypes=DTYPES, max_queries=9, coarse=(None,)))
 def test_a_gpu_gives_the_same_figures(call: Call) -> None:
     """Values whose sums are exact, so that both devices select the same."""
     there = call._replace(

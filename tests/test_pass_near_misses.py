@@ -170,7 +170,7 @@ def test_values_that_a_training_graph_uses_keep_it_flat() -> None:
 
 
 def test_marks_decide_scope_and_budget() -> None:
-    """enabled=False opts out, scope "marked" needs a mark, a mark's budget overrides the settings'."""
+    """enabled=False opts out, scope "marked" needs a mark, a mark's budget and stage override the settings'."""
 
     def visit(mark: Mark | None, pass_settings: PassSettings):  # type: ignore[no-untyped-def]
         program = Program()
@@ -188,6 +188,11 @@ def test_marks_decide_scope_and_budget() -> None:
     marked = PassSettings(block_size=4, block_topk=5, scope="marked")
     assert "not in a marked region" in visit(None, marked).reason
     assert visit(Mark(), marked).budget == (4, 5)
+    probe = PassSettings(block_size=4, block_topk=5, coarse="probe")
+    stages = [visit(mark, probe).coarse for mark in (None, Mark(block_size=2), Mark(coarse="paper"))]
+    assert stages == ["probe", "probe", "paper"]
+    assert visit(Mark(coarse="paper"), both).budget == (4, 5)
+    assert (visit(None, both).coarse, visit(Mark(enabled=False), probe).coarse) == (None, None)
 
 
 def test_a_score_that_is_used_elsewhere_is_kept_and_reported() -> None:
@@ -303,6 +308,20 @@ def test_chunks_that_differ_are_not_made_one_call() -> None:
         sites = rewrite_indexers(module.graph, PassSettings(block_size=4, block_topk=16))
         assert [site.rewritten for site in sites] == [True, True]
         assert len(module.graph.find_nodes(op="call_function", target=torch.ops.hisa.indexer_topk.default)) == 2
+
+
+@pytest.mark.parametrize("stages", [("paper", "paper"), ("paper", "probe"), ("probe", None)])
+def test_chunks_of_different_coarse_stages_are_not_made_one_call(stages: tuple[str | None, str | None]) -> None:
+    """Each keeps its own."""
+    program = Program(chunks=2)
+    module = aten_graph(program.run, program.inputs())
+    topks = module.graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default)
+    for node, stage in zip(topks, stages, strict=True):
+        node.meta["custom"] = {"hisa": Mark(coarse=stage).to_annotation()}
+    sites = rewrite_indexers(module.graph, PassSettings(block_size=4, block_topk=3))
+    assert [site.coarse for site in sites] == list(stages)
+    calls = module.graph.find_nodes(op="call_function", target=torch.ops.hisa.indexer_topk.default)
+    assert [call.kwargs.get("coarse") for call in calls] == list(stages[: len(set(stages))])
 
 
 PARTS = 4

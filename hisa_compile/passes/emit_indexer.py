@@ -22,7 +22,13 @@ prims = torch.ops.prims
 
 
 def indexer_call(
-    emit: Emitter, form: IndexerForm, topk: int, budget: Budget, in_order: bool, visibility: dict[str, Node]
+    emit: Emitter,
+    form: IndexerForm,
+    topk: int,
+    budget: Budget,
+    coarse: str | None,
+    in_order: bool,
+    visibility: dict[str, Node],
 ) -> Node:
     """The node that calls ``hisa::indexer_topk`` on what the form describes."""
     k = emit.arrange(form.key, (form.batch, form.keys, form.key_features))
@@ -32,7 +38,9 @@ def indexer_call(
     if len(parts) > 1:
         q, weights = (_side_by_side(emit, operands) for operands in zip(*parts, strict=True))
     q, k = _same_dtype(emit, q, k)
-    optional = dict(visibility)
+    optional: dict[str, Node | str] = dict(visibility)
+    if coarse is not None:
+        optional["coarse"] = coarse
     for name, factors in (("k_scale", form.key_factors), ("k_weight", form.key_weights)):
         if factors:
             each = [_float(emit, factor, (form.batch, form.keys), device) for factor in factors]

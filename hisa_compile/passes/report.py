@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
 from ..ops.budget import Budget
+from ..ops.coarse import PROBE, PROBE_SHARE
 
 # The number of tokens a query's indexer sees, in the work expressions.
 T = sympy.Symbol("T", integer=True, positive=True)
@@ -27,6 +29,7 @@ class Site:
     at: the node where it failed, with its module and source line, "" if that is the selection itself.
     suggestion: a change of the model's code that would make it match, "" where there is no simple one.
     form: the score in index notation, if it was rewritten.
+    coarse: the coarse stage that was asked for; None where none was: it is then chosen at each call.
     """
 
     op: str
@@ -41,6 +44,7 @@ class Site:
     at: str = ""
     suggestion: str = ""
     form: str = ""
+    coarse: str | None = None
 
     @property
     def rewritten(self) -> bool:
@@ -60,12 +64,21 @@ class Site:
 
     @property
     def work_after(self) -> sympy.Expr | None:
-        """Multiply-adds a query of HISA, in T: every token while they fit m * B, then block means and m * B tokens."""
+        """Multiply-adds a query of HISA, in T: every token while they fit m * B, then coarse stage and m * B tokens.
+
+        The coarse stage is H heads on the means of blocks, or the probe's two on the tokens; which one may depend on T.
+        """
         if self.heads is None or self.head_dim is None or self.budget is None:
             return None
         candidates = self.budget.candidates
-        pruned = sympy.ceiling(T / self.budget.block_size) + candidates
-        return sympy.Integer(self.heads) * self.head_dim * sympy.Piecewise((T, T <= candidates), (pruned, True))
+        means = sympy.ceiling(T / self.budget.block_size) + candidates
+        probe = sympy.Rational(2, max(self.heads, 1)) * T + candidates
+        # The rule of `resolve_coarse`, as a bound on T.
+        longest = math.floor(PROBE_SHARE * self.heads * candidates / 2)
+        pruned = [(means, True)] if self.coarse != PROBE else [(probe, True)]
+        if self.coarse is None and longest > candidates:
+            pruned.insert(0, (probe, T <= longest))
+        return sympy.Integer(self.heads) * self.head_dim * sympy.Piecewise((T, T <= candidates), *pruned)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -79,9 +92,10 @@ class Site:
         where = " ".join(part for part in (self.module or "(no module)", self.location) if part)
         if self.rewritten:
             assert self.budget is not None
+            stage = "" if self.coarse is None else f" coarse={self.coarse}"
             lines = [
                 f"{where}: {self.op}({self.topk}) rewritten, block_size={self.budget.block_size} "
-                f"block_topk={self.budget.block_topk}, exact up to {self.exact_up_to} visible tokens"
+                f"block_topk={self.budget.block_topk}{stage}, exact up to {self.exact_up_to} visible tokens"
             ]
             lines += [f"    {line}" for line in self.form.splitlines()]
             if self.work_before is not None:

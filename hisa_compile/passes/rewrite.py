@@ -44,6 +44,7 @@ class Proof:
     form: IndexerForm
     vectors: Vectors
     budget: Budget
+    coarse: str | None
 
 
 def rewrite_indexers(graph: Graph, settings: PassSettings, *, under_autograd: bool = False) -> list[Site]:
@@ -99,7 +100,7 @@ class _Rewriting:
             try:
                 self.replace([proof], None)
             except NotAnIndexer as reason:
-                site = replace(site, reason=str(reason), form="", budget=None)
+                site = replace(site, reason=str(reason), form="", budget=None, coarse=None)
             except Exception as error:
                 site = replace(_internal_error(node, error), topk=site.topk)
             else:
@@ -114,7 +115,7 @@ class _Rewriting:
             return False
         proofs = [self.attempt(node, in_chunks=True) for node in nodes]
         proved = [proof for proof in proofs if isinstance(proof, Proof)]
-        if len(proved) != len(proofs) or any(proof.budget != proved[0].budget for proof in proved):
+        if len(proved) != len(proofs) or len({(proof.budget, proof.coarse) for proof in proved}) != 1:
             return False
         try:
             if not self.replace(proved, chunks):
@@ -141,7 +142,7 @@ class _Rewriting:
             form = describe_indexer(selection.score, selection.dim, selection.smallest)
             vectors = take_apart(form.conditions, form.queries, form.keys, in_chunks)
             check_obligations(self.facts, selection, form, vectors)
-            return Proof(selection, form, vectors, self.budget(topk, mark))
+            return Proof(selection, form, vectors, *self.budget(topk, mark))
         except NotAnIndexer as reason:
             heads, head_dim = (None, None) if form is None else _sizes(form)
             return Site(
@@ -156,7 +157,8 @@ class _Rewriting:
         except Exception as error:
             return _internal_error(node, error)
 
-    def budget(self, topk: int, mark: Mark | None) -> Budget:
+    def budget(self, topk: int, mark: Mark | None) -> tuple[Budget, str | None]:
+        """The budget, and the coarse stage where one is asked for; else each call chooses its own."""
         if mark is not None and not mark.enabled:
             raise NotAnIndexer("an indexer, opted out by its mark (enabled=False)")
         if mark is None and self.settings.scope == "marked":
@@ -164,10 +166,10 @@ class _Rewriting:
                 'an indexer, not in a marked region while hisa.scope is "marked"',
                 suggestion='decorate the module or function with @hisa_compile.hisa, or set hisa.scope to "all"',
             )
+        block_size, block_topk, coarse = self.settings.budget_at(mark)
         try:
-            return resolve_budget(topk, *self.settings.budget_at(mark))
+            return resolve_budget(topk, block_size, block_topk), coarse
         except ValueError as error:
-            block_size = self.settings.budget_at(mark)[0]
             enough = "" if block_size is None else f" to at least {-(-topk // block_size)}"
             raise NotAnIndexer(
                 f"an indexer, but the budget does not fit: {error}", suggestion=f"raise hisa.block_topk{enough}"
@@ -223,7 +225,8 @@ class _Rewriting:
             selection = replace(selection, values=chunks.values, indices=chunks.indices)
         self.asks_for_order = _asks_for_order(selection, dim) if selection.sorted else None
         in_order = self.asks_for_order is not None
-        call = indexer_call(emit, form, selection.topk, proofs[0].budget, in_order, arguments)
+        budget, coarse = proofs[0].budget, proofs[0].coarse
+        call = indexer_call(emit, form, selection.topk, budget, coarse, in_order, arguments)
         return outputs_of(emit, selection, form, call, dim)
 
     def visibility(self, emit: Emitter, proof: Proof, device: torch.device) -> dict[str, Node]:
@@ -260,6 +263,7 @@ class _Rewriting:
             head_dim=head_dim,
             budget=proof.budget,
             form=in_index_notation(proof.form, proof.vectors),
+            coarse=proof.coarse,
         )
 
     def kept(self, site: Site, form: IndexerForm) -> Site:

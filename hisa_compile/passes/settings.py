@@ -18,10 +18,16 @@ class Mark:
     enabled: bool = True
     block_size: int | None = None
     block_topk: int | None = None
+    coarse: str | None = None
 
     def to_annotation(self) -> dict[str, Any]:
         """The value to put under ``MARK_KEY`` with ``torch.fx.traceback.annotate``."""
-        return {"enabled": self.enabled, "block_size": self.block_size, "block_topk": self.block_topk}
+        return {
+            "enabled": self.enabled,
+            "block_size": self.block_size,
+            "block_topk": self.block_topk,
+            "coarse": self.coarse,
+        }
 
 
 def mark_of(node: torch.fx.Node) -> Mark | None:
@@ -36,17 +42,20 @@ class PassSettings:
 
     block_size, block_topk: the budget, None = derived from topk (see ``ops.resolve_budget``).
     scope: "all" rewrites every indexer that is not opted out, "marked" only those in marked regions.
+    coarse: the coarse stage, None = chosen at each call (see ``ops.coarse``).
     """
 
     block_size: int | None = None
     block_topk: int | None = None
     scope: str = "all"
+    coarse: str | None = None
 
-    def budget_at(self, mark: Mark | None) -> tuple[int | None, int | None]:
-        """(block_size, block_topk) for a site: the mark's where it has its own, else these."""
-        if mark is None or (mark.block_size is None and mark.block_topk is None):
-            return self.block_size, self.block_topk
+    def budget_at(self, mark: Mark | None) -> tuple[int | None, int | None, str | None]:
+        """(block_size, block_topk, coarse) for a site: the mark's where it has its own, else these."""
+        if mark is None:
+            return self.block_size, self.block_topk, self.coarse
         return (
             self.block_size if mark.block_size is None else mark.block_size,
             self.block_topk if mark.block_topk is None else mark.block_topk,
+            self.coarse if mark.coarse is None else mark.coarse,
         )
