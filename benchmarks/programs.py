@@ -48,8 +48,8 @@ def inputs(
 
 
 def hisa(given: Inputs, block_topk: int = BLOCK_TOPK, in_order: bool = False) -> Call:
-    """The operator; results unsorted unless ``in_order``."""
-    options = {"block_size": BLOCK_SIZE, "block_topk": block_topk, "sorted": in_order}
+    """The operator with the paper's coarse stage; results unsorted unless ``in_order``."""
+    options = {"block_size": BLOCK_SIZE, "block_topk": block_topk, "sorted": in_order, "coarse": "paper"}
     return lambda: hisa_compile.indexer_topk(topk=TOPK, **given, **options)
 
 

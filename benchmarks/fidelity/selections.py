@@ -14,8 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hisa_compile.ops import reference
+from hisa_compile.ops.coarse import sample_of
+
 NEVER = -torch.inf
-# Of the sample that tells a threshold this many are above it.
+# Of the sample that tells a threshold of what was tried this many are above it.
 RANK = 16
 
 
@@ -106,34 +109,30 @@ def sampled(tokens: int, topk: int) -> Tensor:
     return (number * stride + number * 7919 % stride).clamp_max(tokens - 1)
 
 
-def threshold(tokens: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """About the score of the ``topk``-th token and of the one half as far down, each [N, 1], from a sample."""
+def threshold(tokens: Tensor, topk: int) -> Tensor:
+    """About the score of the ``topk``-th token, [N, 1], from a sample."""
     some = tokens[:, sampled(tokens.shape[1], topk).to(tokens.device)].sort(1, descending=True).values
     found = (some != NEVER).sum(1, keepdim=True)
-    rank = found.clamp(1, max(1, topk // max(1, topk // RANK)))
-    return some.gather(1, rank - 1), some.gather(1, (rank + 1) // 2 - 1)
+    return some.gather(1, found.clamp(1, max(1, topk // max(1, topk // RANK))) - 1)
 
 
 def pooled(tokens: Tensor, block: int, topk: int, how: str) -> Tensor:
-    """Scores of blocks from scores of their tokens: how much of each is above that of the ``topk``-th token.
+    """Scores of blocks from scores of their tokens: how much of each is above that of about the ``topk``-th token.
 
-    "max": the greatest token's.  "sum": what is above, added up.  "root": square roots of that, added up, which is
-    between the sum and the number of such tokens.  "capped": each up to what half as many tokens have, which counts
-    more than it adds, and a fourth of the greatest, which keeps what stands out.  Blocks with none above follow by
-    their greatest.
+    "capped" is the operator's: each up to a cap, and half of the greatest.  What else was tried: "max", the greatest
+    token's; "sum", what is above, added up; "root", square roots of that, added up, which is between the sum and the
+    number of such tokens.  Blocks with none above follow by their greatest.
     """
+    if how == "capped":
+        return reference.probe_block_scores(tokens, tokens != NEVER, block, sample_of(tokens.shape[1], topk))
     by_block = tokens.unflatten(1, (tokens.shape[1] // block, block))
     greatest = by_block.amax(2)
     if how == "max":
         return greatest
-    low, high = threshold(tokens, topk)
+    low = threshold(tokens, topk)
     above = (by_block - low[..., None]).relu()
     behind = greatest - low
-    if how == "capped":
-        summed = above.minimum((high - low)[..., None]).sum(2) + behind.relu() / 4
-    else:
-        summed = (above if how == "sum" else above.sqrt()).sum(2)
-    return torch.where(behind > 0, summed, behind)
+    return torch.where(behind > 0, (above if how == "sum" else above.sqrt()).sum(2), behind)
 
 
 def by_probe(of: Scored, block: int, topk: int, *, how: str = "capped") -> Tensor:
