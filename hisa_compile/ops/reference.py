@@ -161,7 +161,7 @@ def probe_block_scores(probed: Tensor, visible: Tensor, block_size: int, sample:
 
     def in_blocks(x: Tensor, padding: float) -> Tensor:
         padded = torch.nn.functional.pad(x, (0, -tokens % block_size), value=padding)
-        return padded.view(*padded.shape[:-1], -1, block_size)
+        return padded.view(*padded.shape[:-1], -(-tokens // block_size), block_size)
 
     best = in_blocks(torch.where(visible, probed, float("-inf")), float("-inf")).amax(-1) - threshold
     above = in_blocks(torch.where(visible & (probed > threshold), probed - threshold, 0.0), 0.0)

@@ -1,0 +1,13 @@
+"""What every test begins with."""
+
+from __future__ import annotations
+
+import pytest
+
+from hisa_compile import history
+
+
+@pytest.fixture(autouse=True)
+def no_reports() -> None:
+    """A process keeps its latest 256 reports: a test that counts its own from those there were would find none."""
+    history._reports.clear()
