@@ -14,6 +14,7 @@ and a block is worth what its tokens have above a threshold, the score of the to
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from .budget import Budget
@@ -57,6 +58,11 @@ def check_coarse(coarse: object, prefix: str = "") -> None:
         )
 
 
+def longest_probed(heads: int, budget: Budget) -> int:
+    """The most tokens T that the probe is the default for: its products, 2 T, are PROBE_SHARE of the refinement's."""
+    return math.floor(PROBE_SHARE * heads * budget.candidates / 2)
+
+
 def resolve_coarse(coarse: str | None, tokens: int, heads: int, budget: Budget, pooled: bool) -> str:
     """The coarse stage of a call; one that was not given is chosen by what the probe would cost.
 
@@ -65,5 +71,4 @@ def resolve_coarse(coarse: str | None, tokens: int, heads: int, budget: Budget, 
     """
     if coarse is not None:
         return coarse
-    dear = 2 * tokens > PROBE_SHARE * heads * budget.candidates
-    return PAPER if pooled or dear else PROBE
+    return PAPER if pooled or tokens > longest_probed(heads, budget) else PROBE

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
 from ..ops.budget import Budget
-from ..ops.coarse import PROBE, PROBE_SHARE
+from ..ops.coarse import PROBE, longest_probed
 
 # The number of tokens a query's indexer sees, in the work expressions.
 T = sympy.Symbol("T", integer=True, positive=True)
@@ -73,8 +72,7 @@ class Site:
         candidates = self.budget.candidates
         means = sympy.ceiling(T / self.budget.block_size) + candidates
         probe = sympy.Rational(2, max(self.heads, 1)) * T + candidates
-        # The rule of `resolve_coarse`, as a bound on T.
-        longest = math.floor(PROBE_SHARE * self.heads * candidates / 2)
+        longest = longest_probed(self.heads, self.budget)
         pruned = [(means, True)] if self.coarse != PROBE else [(probe, True)]
         if self.coarse is None and longest > candidates:
             pruned.insert(0, (probe, T <= longest))
