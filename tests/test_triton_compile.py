@@ -214,6 +214,19 @@ def test_the_layout_of_a_mask_does_not_decide_how_the_probe_adds_up(
     assert sums(wide[:, :, :16384]) == sums(wide[:, :1, :16384].expand(1, 1024, 16384)) == sums(wide[:, :, 1:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_two_heads_are_added_up_in_the_order_of_the_heads(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """A reduction would have the order of a layout, which follows the alignment of q: one of maxima may."""
+    launches = record(monkeypatch, dtype, "sm_90", queries=1024, coarse="probe")
+    (found,) = (recorded for recorded in launches if recorded[0].__name__ == "two_heads_kernel")
+    code = compile_launch(found, "sm_90").asm["ttgir"]
+    reductions = re.findall(r'"tt\.reduce".*?tt\.reduce\.return', code, re.DOTALL)
+    assert reductions
+    assert not any("addf" in each for each in reductions)
+
+
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_the_threshold_is_looked_for_in_a_loop(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
     """Triton once optimised it away, where it ended when enough was found."""

@@ -152,14 +152,16 @@ def test_queries_that_cannot_be_copied_once_widened_are_loaded(dim: int, copied:
 
 
 @pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
-@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "every block kept"])
+@pytest.mark.parametrize("how", ["pruned", "probe", "every block kept"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8] if ON_GPU else [torch.float16], ids=str)
-def test_the_layout_of_the_queries_changes_no_bit(dtype: torch.dtype, pruned: bool) -> None:
+def test_the_layout_of_the_queries_changes_no_bit(dtype: torch.dtype, how: str) -> None:
     """Copied by sm_90's kernel or loaded by the other: what a contiguous q gives."""
     batch, queries, tokens, heads, dim, size = (2, 40, 2500, 24, 80, 128) if ON_GPU else (2, 2, 40, 3, 16, 16)
     topk, block_topk = (300, 8) if ON_GPU else (7, 2)
-    budget = {"topk": topk, "block_size": size, "block_topk": block_topk if pruned else -(-tokens // size)}
+    kept = -(-tokens // size) if how == "every block kept" else block_topk
+    budget = {"topk": topk, "block_size": size, "block_topk": kept}
     case = gaussian_case(batch, queries, tokens, heads, dim, dtype, **budget)
+    case["coarse"] = "probe" if how == "probe" else "paper"
     case["window_end"] = torch.randint(tokens // 3, tokens + 1, (batch, queries), device=DEVICE).int()
     with nullcontext() if ON_GPU else small_tiles(), mock.patch.object(config, "FEW_PAIRS", 0):
         # The interpreter takes its time, and knows the one kernel alone.

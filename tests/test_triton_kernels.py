@@ -313,11 +313,16 @@ def test_every_float8_value_is_converted_exactly(mode: Any) -> None:
         check(exact_case(1, 2, dtype=FP8))
 
 
+@pytest.mark.parametrize("coarse", ["paper", "probe"])
 @pytest.mark.parametrize("dtype", DTYPES if ON_GPU else (torch.float32, torch.float16), ids=str)
-def test_bits_depend_on_the_row_alone(dtype: torch.dtype) -> None:
-    """Slicing the queries, permuting the batch and chunking the rows give the same bits, gaussian inputs."""
+def test_bits_depend_on_the_row_alone(dtype: torch.dtype, coarse: str) -> None:
+    """Slicing the queries, permuting the batch and chunking the rows give the same bits, gaussian inputs.
+
+    The mask is one for all queries, so that its strides are others for one of them than for many.
+    """
     shape = (3, 50, 1000, 5, 40) if ON_GPU else (3, 2, 50, 5, 20)
-    case = gaussian_case(*shape, dtype, topk=9, block_size=4, block_topk=5)
+    case = gaussian_case(*shape, dtype, topk=9, block_size=4, block_topk=5) | {"coarse": coarse}
+    case["mask"] = random_bool((shape[0], 1, shape[2]), 0.9)
     case["key_valid"] = random_bool(shape[::2][:2], 0.8)
     case["k_scale"] = torch.rand(shape[0], shape[2], device=DEVICE) + 0.5
     case["k_weight"] = torch.randn(shape[0], shape[2], device=DEVICE)

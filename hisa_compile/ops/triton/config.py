@@ -46,8 +46,8 @@ MANY_PROGRAMS = 2048
 MANY_ROW_PROGRAMS = 512
 # A tile of means is read for fewer rows than that of a block's keys: it pays to wait for more of them.
 MANY_COARSE_PROGRAMS = 640
-# Elements of a query that one warp adds up at once.
-HEADS_TILE = 8192
+# Heads of a query whose elements are on their way together where they are added up.
+HEADS_STEP = 32
 # Programs that go over all keys for a group of rows, and the tokens that one of sm_90's looks at together.
 MANY_PROBE_PROGRAMS = 792
 PROBE_TILE = 64

@@ -22,11 +22,10 @@ def launch_probe(call: _Call, chunk: Chunk, at: dict[str, int], sample: Sample) 
     heads = {"heads_ptr": call.space.heads}
     names = ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd", "w_ptr", "w_sr")
     query = {name: call.query[name] for name in names} | heads | at
-    shape = {name: call.shape[name] for name in ("H", "D", "PADDED_H", "FP8")}
+    shape = {name: call.shape[name] for name in ("H", "D", "FP8")} | {"PADDED_D": power_of_2(call.dim)}
     del query["T"]
-    padded_dim = power_of_2(call.dim)
-    tile_heads = max(1, min(shape["PADDED_H"], config.HEADS_TILE // padded_dim))
-    call.launch(two_heads_kernel, chunk.rows, Launch(1, 1), **query, **shape, PADDED_D=padded_dim, TILE_H=tile_heads)
+    step = min(config.HEADS_STEP, call.shape["PADDED_H"])
+    call.launch(two_heads_kernel, chunk.rows, Launch(1, 1), **query, **shape, STEP=step)
     work = heads | call.keys | call.seen | at | {"pitch": call.plan.pitch, "rows_per_batch": chunk.of_batch}
     work |= {name: call.shape[name] for name in ("D", "FP8", "WIDEN")}
     work |= {"ROWS": tiles.rows, "TILE": tiles.tile, "TILE_D": tiles.tile_dim}

@@ -36,7 +36,7 @@ def _as_float8(x):
 @triton.jit(do_not_specialize=["first_row", "S"])
 def two_heads_kernel(
     q_ptr, q_sb, q_ss, q_sh, q_sd, w_ptr, w_sr, heads_ptr, first_row, S,
-    H: tl.constexpr, D: tl.constexpr, PADDED_H: tl.constexpr, PADDED_D: tl.constexpr, TILE_H: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, STEP: tl.constexpr,
     FP8: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """heads_ptr [rows, 2, D] gets the two heads of a chunk's rows, grid (rows): ``reference.probe_queries``."""
@@ -44,16 +44,18 @@ def two_heads_kernel(
     row = tl.program_id(0)
     _, batch, query_index = row_coordinates(first_row, row, S)
     d = tl.arange(0, PADDED_D)
-    at = q_ptr + batch * q_sb + query_index * q_ss + d.to(tl.int64)[None, :] * q_sd
+    at = q_ptr + batch * q_sb + query_index * q_ss + d.to(tl.int64) * q_sd
+    w_ptr += row.to(tl.int64) * w_sr
     plus = tl.zeros([PADDED_D], tl.float32)
     minus = tl.zeros([PADDED_D], tl.float32)
-    for first in tl.static_range(0, PADDED_H, TILE_H):
-        h = first + tl.arange(0, TILE_H)
-        wanted = (h < H)[:, None] & (d < D)[None, :]
-        query = load_operand(at + h.to(tl.int64)[:, None] * q_sh, wanted, FP8).to(tl.float32)
-        weights = tl.load(w_ptr + row.to(tl.int64) * w_sr + h, mask=h < H, other=0.0)[:, None]
-        plus += tl.sum(query * tl.maximum(weights, 0.0, propagate_nan=tl.PropagateNan.ALL), axis=0)
-        minus += tl.sum(query * tl.maximum(-weights, 0.0, propagate_nan=tl.PropagateNan.ALL), axis=0)
+    # Head by head, so that how q is aligned does not decide in which order they are added up.
+    for first in range(0, H, STEP):
+        for i in tl.static_range(STEP):
+            h = first + i
+            query = load_operand(at + h.to(tl.int64) * q_sh, (d < D) & (h < H), FP8).to(tl.float32)
+            weight = tl.load(w_ptr + h, mask=h < H, other=0.0)
+            plus += query * tl.maximum(weight, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            minus += query * tl.maximum(-weight, 0.0, propagate_nan=tl.PropagateNan.ALL)
     greatest = tl.maximum(tl.max(tl.abs(plus), axis=0), tl.max(tl.abs(minus), axis=0))
     exponent = (greatest.to(tl.int32, bitcast=True) >> 23) & 255
     shift = tl.where(greatest < _INF, tl.minimum(134 - exponent, 100), 0)
