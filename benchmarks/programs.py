@@ -47,9 +47,15 @@ def inputs(
     return found | {"q": q.to(dtype), "k": k.to(dtype), "window_end": end}
 
 
-def hisa(given: Inputs, block_topk: int = BLOCK_TOPK, in_order: bool = False) -> Call:
-    """The operator with the paper's coarse stage; results unsorted unless ``in_order``."""
-    options = {"block_size": BLOCK_SIZE, "block_topk": block_topk, "sorted": in_order, "coarse": "paper"}
+def hisa(
+    given: Inputs,
+    block_topk: int = BLOCK_TOPK,
+    in_order: bool = False,
+    coarse: str = "paper",
+    block_size: int = BLOCK_SIZE,
+) -> Call:
+    """The operator, with the paper's coarse stage if none is named; results unsorted unless ``in_order``."""
+    options = {"block_size": block_size, "block_topk": block_topk, "sorted": in_order, "coarse": coarse}
     return lambda: hisa_compile.indexer_topk(topk=TOPK, **given, **options)
 
 

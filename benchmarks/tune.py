@@ -8,6 +8,7 @@ A shape is a dtype, heads and D.  For each, the calls of the field, topk = 2048,
 
 - prefill: 1024 queries at the end of 65536 tokens;
 - every: the same with every block kept, at H = 64, D = 128 alone;
+- probe, half: the prefill with blocks found by the probe, and that with blocks of 64, m = 128;
 - decoding, one query a sequence, means of blocks given, a point is batch x context;
 - sorted: the prefill with results in order, for the kernels that sort, at the first shape alone.  Selection does not
   know heads, and is timed at the first shape alone too.
@@ -15,8 +16,8 @@ A shape is a dtype, heads and D.  For each, the calls of the field, topk = 2048,
 In each call every kernel that runs is timed (torch.profiler, the L2 cache cleared before each call) under the row of
 ``hisa_compile/ops/triton/configurations.py`` that it has today and under those that VARIATIONS makes of it.  Of a shape
 class the best row is the one with the best geometric mean of times over today's, each kind of call (prefill, every,
-decode, sorted) counting the same; it is kept if it gains 2 %.  A row that does not compile, that asks for more
-registers or shared memory than there are, or that changes a result is listed and left out.
+probe, half, decode, sorted) counting the same; it is kept if it gains 2 %.  A row that does not compile, that asks for
+more registers or shared memory than there are, or that changes a result is listed and left out.
 
 A row varies one thing at a time: a second run under the first one's file goes on from there.  By default about 160
 kernels are compiled, most in less than a second; --workers processes that share Triton's cache do that ahead, with 0 of
@@ -54,6 +55,7 @@ DTYPES = {"fp8": FP8, "bf16": torch.bfloat16}
 SHAPES = tuple(f"{dtype}-{sizes}" for sizes in ("64x128", "32x128", "64x64", "32x64") for dtype in DTYPES)
 POINTS = ("1x32K", "8x32K", "32x32K", "1x128K", "8x128K", "32x128K")
 PREFILL, EVERY, DECODE, SORTED = "prefill", "every", "decode", "sorted"
+PROBE, HALF = "probe", "half"
 QUERIES, CONTEXT = 1024, 64 * K
 # A row that gains less than this is as good as today's.
 LEAST_GAIN = 1.02
@@ -63,6 +65,7 @@ FLUSH_BYTES = 256 * 2**20
 # Kernels whose times tell about a row of the table.
 BY_BLOCK = ("refine_by_block_kernel", "refine_by_block_hopper_kernel")
 MEASURED = {name: (f"{name}_kernel",) for name in FIELDS} | {
+    "refine_by_block_hopper_64": BY_BLOCK[1:],
     "by_block_groups": (*BY_BLOCK, "list_items_kernel", "sort_pairs_kernel"),
     # Of rows longer than one tile, too; among their sample as in a row of that length.
     "select_tokens": (
@@ -77,8 +80,11 @@ MEASURED = {name: (f"{name}_kernel",) for name in FIELDS} | {
 VARIATIONS: dict[str, tuple[dict[str, int | None], ...]] = {
     "coarse": ({"stages": 3}, {"programs": 320}, {"programs": 1280}),
     "coarse_hopper": ({"stages": 3}, {"maxnreg": 128}, {"programs": 186}, {"programs": 744}),
+    "probe_blocks": ({"stages": 2}, {"stages": 3}, {"programs": 528}, {"programs": 1584}),
+    "probe_blocks_hopper": ({"stages": 4}, {"maxnreg": 128}, {"programs": 528}, {"programs": 1584}),
     "refine_by_block": ({"stages": 2}, {"stages": 3}, {"maxnreg": None}, {"maxnreg": 128}),
     "refine_by_block_hopper": ({"stages": 3}, {"maxnreg": 128}, {"maxnreg": 168}),
+    "refine_by_block_hopper_64": ({"stages": 2}, {"stages": 3}, {"stages": 4}, {"maxnreg": 80}, {"maxnreg": 128}),
     "by_block_groups": ({"programs": 4096}, {"programs": 1024, "most_rows": 64}),
     "refine_by_row": ({"stages": 2}, {"stages": 3}, {"stages": 4}, {"programs": 512}),
     "select_blocks": ({"num_warps": 1}, {"num_warps": 2}, {"num_warps": 4}),
@@ -107,7 +113,7 @@ def cases(shapes: Sequence[str], points: Sequence[str], kernels: Sequence[str]) 
         known = tuple(name for name in kernels if name != "sort" and (number == 0 or name not in WIDE))
         made.append(Case(PREFILL, f"{shape} {PREFILL}", shape, "", known))
         if shape.endswith("-64x128"):
-            made.append(Case(EVERY, f"{shape} {EVERY}", shape, "", known))
+            made += [Case(kind, f"{shape} {kind}", shape, "", known) for kind in (EVERY, PROBE, HALF)]
         made += [Case(DECODE, f"{shape} {point}", shape, point, known) for point in points]
         if number == 0 and "sort" in kernels:
             made.append(Case(SORTED, f"{shape} {SORTED}", shape, "", ("sort",)))
@@ -133,7 +139,13 @@ def make(case: Case) -> Call:
         given |= {"window_end": given["window_end"].expand(batch, 1).contiguous()}
         return programs.hisa(with_means(given))
     given = programs.inputs(QUERIES, CONTEXT, dtype, heads=heads, dim=dim)
-    return programs.every_block(given) if case.kind == EVERY else programs.hisa(given, in_order=case.kind == SORTED)
+    if case.kind == EVERY:
+        return programs.every_block(given)
+    if case.kind == PROBE:
+        return programs.hisa(given, coarse="probe")
+    if case.kind == HALF:
+        return programs.hisa(given, 2 * programs.BLOCK_TOPK, coarse="probe", block_size=programs.BLOCK_SIZE // 2)
+    return programs.hisa(given, in_order=case.kind == SORTED)
 
 
 def current() -> Architecture:

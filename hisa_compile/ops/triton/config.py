@@ -129,11 +129,16 @@ def coarse_launch(
     return Launch(row.stages, tiles.num_warps, row.maxnreg, row.most_rows or MOST_ROWS, programs)
 
 
-def probe_launch(tiles: ProbeTiles, dtype: torch.dtype, dim: int, hopper: bool = False) -> Launch:
-    """``hopper``: of the version for sm_90, three programs of which share a multiprocessor."""
-    # A loop over parts of D has tiles of its own in flight; 64 KiB of shared memory have to do on some GPUs.
-    stages = 1 if dtype == torch.float32 or dim > tiles.tile_dim else 4 - dtype.itemsize
-    return Launch(3 if hopper else stages, tiles.num_warps, 168 if hopper else None, programs=MANY_PROBE_PROGRAMS)
+def probe_launch(
+    tiles: ProbeTiles, dtype: torch.dtype, dim: int, architecture: Architecture, hopper: bool = False
+) -> Launch:
+    """``hopper``: of the version for sm_90."""
+    padded_dim = min(max(16, power_of_2(dim)), 256)
+    kernel = "probe_blocks_hopper" if hopper else "probe_blocks"
+    row = lookup(Shape(kernel, dtype.itemsize, dim=padded_dim), architecture)
+    # A loop over parts of D has tiles of its own in flight.
+    stages = 1 if dim > tiles.tile_dim else row.stages
+    return Launch(stages, tiles.num_warps, row.maxnreg, programs=row.programs or MANY_PROBE_PROGRAMS)
 
 
 def by_block_launch(
@@ -141,6 +146,8 @@ def by_block_launch(
 ) -> Launch:
     """``hopper``: of the version for sm_90; the groups are the same."""
     kernel = "refine_by_block_hopper" if hopper else "refine_by_block"
+    if hopper and tiles.tile == 64:
+        kernel = "refine_by_block_hopper_64"
     row = lookup(_shape(kernel, tiles, dtype, dim), architecture)
     groups = lookup(_shape("by_block_groups", tiles, dtype, dim), architecture)
     most_rows, programs = groups.most_rows or MOST_ROWS, groups.programs or MANY_PROGRAMS

@@ -26,13 +26,17 @@ SAME_AS: dict[Architecture, Architecture] = {103: 100, 121: 120}
 
 # What a row says, by what it is for.  by_block_groups: how far lists of pairs, and rows where every block is kept, are
 # cut for the refinement by block, which is settled before it is known whether refine_by_block or its version for sm_90
-# runs.  The others are kernels; select_tokens has what :mod:`.long_rows` does before it with it, sort is all three of
-# :mod:`.finish`.
+# runs.  refine_by_block_hopper_64: that version where blocks have 64 tokens, so that a product takes half the registers
+# and half the time in which the next query arrives.  The others are kernels; select_tokens has what :mod:`.long_rows`
+# does before it with it, sort is all three of :mod:`.finish`.
 FIELDS: dict[str, tuple[str, ...]] = {
     "coarse": ("stages", "maxnreg", "most_rows", "programs"),
     "coarse_hopper": ("stages", "maxnreg", "most_rows", "programs"),
+    "probe_blocks": ("stages", "maxnreg", "programs"),
+    "probe_blocks_hopper": ("stages", "maxnreg", "programs"),
     "refine_by_block": ("stages", "maxnreg"),
     "refine_by_block_hopper": ("stages", "maxnreg"),
+    "refine_by_block_hopper_64": ("stages", "maxnreg"),
     "by_block_groups": ("most_rows", "programs"),
     "refine_by_row": ("stages", "maxnreg", "programs"),
     "select_blocks": ("num_warps", "maxnreg"),
@@ -88,6 +92,12 @@ _ANYWHERE: Rows = {
     Shape("coarse"): Configuration(stages=2),
     Shape("coarse", 4): Configuration(stages=1),
     Shape("coarse_hopper"): Configuration(stages=2, maxnreg=168),
+    # 64 KiB of shared memory have to do on some GPUs.
+    Shape("probe_blocks", 1): Configuration(stages=3),
+    Shape("probe_blocks", 2): Configuration(stages=2),
+    Shape("probe_blocks", 4): Configuration(stages=1),
+    # Three programs share a multiprocessor.
+    Shape("probe_blocks_hopper"): Configuration(stages=3, maxnreg=168),
     Shape("refine_by_block", 1): Configuration(stages=3, maxnreg=128),
     Shape("refine_by_block", 2): Configuration(stages=2),
     Shape("refine_by_block", 4): Configuration(stages=1),
@@ -95,6 +105,8 @@ _ANYWHERE: Rows = {
     Shape("refine_by_block_hopper", 1): Configuration(stages=2, maxnreg=128),
     Shape("refine_by_block_hopper", 1, 256): Configuration(stages=2, maxnreg=168),
     Shape("refine_by_block_hopper", 2): Configuration(stages=2, maxnreg=168),
+    Shape("refine_by_block_hopper_64", 1): Configuration(stages=2, maxnreg=128),
+    Shape("refine_by_block_hopper_64", 2): Configuration(stages=2, maxnreg=168),
     Shape("by_block_groups"): Configuration(),
     Shape("refine_by_row", 1): Configuration(stages=3),
     Shape("refine_by_row", 2): Configuration(stages=2),

@@ -51,7 +51,7 @@ def launch_probe(call: _Call, chunk: Chunk, at: dict[str, int], sample: Sample) 
         TILE=power_of_2(sample.size),
     )
     kernel: Any = probe_blocks_kernel
-    how = config.probe_launch(tiles, call.dtype, call.dim, call.key_rows is not None)
+    how = config.probe_launch(tiles, call.dtype, call.dim, call.architecture, call.key_rows is not None)
     units = cdiv(call.plan.blocks, max(1, tiles.tile // power_of_2(call.block_size)))
     splits = max(1, min(units, how.programs // groups))
     work |= {
