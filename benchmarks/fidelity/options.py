@@ -11,6 +11,7 @@ tokens that are lost, over time.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from ..harness import command, machine, parser, table, write
-from .needles import mid_depth
 from .overlap import BLOCK
 
 # What a block of the harness is at the length that is timed.
@@ -91,29 +91,26 @@ def times(coarse: Any) -> Figures:
 
 
 def more_perplexity(language: Any) -> Figures:
-    """Perplexity over flat's, in per cent, mean over texts, by kind of indexer."""
+    """Perplexity over flat's, in per cent, the mean over kinds of text, by kind of indexer."""
     found: Figures = {row: {} for row in ROWS}
-    for kind in ("centred", "distilled"):
-        texts = [by_name for name, by_name in language["rows"].items() if name.endswith(kind)]
-        for row in ROWS:
-            gained = [
-                one["loss"] - flat["loss"]
-                for by_name in texts
-                for one, flat in zip(by_name.get(row.name, ()), by_name["flat"], strict=False)
-            ]
-            if gained:
-                found[row][f"{kind} perplexity"] = 100 * (2.718281828459045 ** (sum(gained) / len(gained)) - 1)
+    for row in ROWS:
+        for kind in ("centred", "distilled"):
+            over = [one["over"] for one in language["rows"] if (one["kind"], one["method"]) == (kind, row.name)]
+            if over:
+                found[row][f"{kind} perplexity"] = statistics.fmean(over)
     return found
 
 
 def found_needles(needles: Any) -> Figures:
     """Share of right answers in the middle half of the longest texts."""
     found: Figures = {row: {} for row in ROWS}
+    longest = max(one["length"] for one in needles["rows"])
+    middle = [one for one in needles["rows"] if one["length"] == longest and 0.25 <= one["depth"] <= 0.75]
     for row in ROWS:
         for kind in ("centred", "distilled"):
-            share = mid_depth(needles["rows"], kind, row.name)
-            if share is not None:
-                found[row][f"{kind} needles"] = share
+            right = [one["right"] for one in middle if (one["kind"], one["method"]) == (kind, row.name)]
+            if right:
+                found[row][f"{kind} needles"] = statistics.fmean(right)
     return found
 
 
