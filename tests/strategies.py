@@ -29,6 +29,12 @@ LARGEST_EXACT_BLOCK = 8
 MANY_HEADS = 17
 
 
+def assert_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    """Same indices, same scores; NaN equals NaN and 0.0 equals -0.0."""
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=0, equal_nan=True)
+
+
 class Call(NamedTuple):
     """Arguments of one call; ``options`` are the keyword arguments."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import DTYPES, FLOAT8, LAYOUTS, Call, calls, make_values, relayout
+from strategies import DTYPES, FLOAT8, LAYOUTS, Call, assert_equal, calls, make_values, relayout
 from torch import Tensor
 
 from hisa_compile import indexer_topk
@@ -16,12 +16,6 @@ from hisa_compile.ops.coarse import COARSE_STAGES
 from hisa_compile.ops.cpu import _rank
 
 STAGES = pytest.mark.parametrize("coarse", COARSE_STAGES)
-
-
-def assert_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """Bit for bit, but NaN equals NaN and 0.0 equals -0.0."""
-    assert torch.equal(actual[0], expected[0])
-    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
 @settings(max_examples=400, deadline=None)

@@ -8,7 +8,19 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import DTYPES, FLOAT8, LAYOUTS, Call, calls, integers, make_values, relayout, spread, with_means
+from strategies import (
+    DTYPES,
+    FLOAT8,
+    LAYOUTS,
+    Call,
+    assert_equal,
+    calls,
+    integers,
+    make_values,
+    relayout,
+    spread,
+    with_means,
+)
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,12 +34,6 @@ from hisa_compile.ops import cpu, reference
 NAN, INF = float("nan"), float("inf")
 POOL = torch.ops.hisa.pool_keys.default
 SELECT = torch.ops.hisa.indexer_topk.default
-
-
-def assert_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """Bit for bit, but NaN equals NaN and 0.0 equals -0.0."""
-    assert torch.equal(actual[0], expected[0])
-    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
 def pool_arguments(call: Call) -> dict[str, Any]:

@@ -9,7 +9,19 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import DTYPES, FLOAT8, LAYOUTS, Call, calls, integers, make_segments, make_values, relayout, spread
+from strategies import (
+    DTYPES,
+    FLOAT8,
+    LAYOUTS,
+    Call,
+    assert_equal,
+    calls,
+    integers,
+    make_segments,
+    make_values,
+    relayout,
+    spread,
+)
 from test_operator_properties import LiveBytes, assert_same_bits
 from test_operator_reference import assert_same_selection, probe_of_blocks, probe_of_tokens
 from torch import Tensor
@@ -22,12 +34,6 @@ from hisa_compile.ops.coarse import Sample, resolve_coarse, sample_of
 NAN, INF = float("nan"), float("inf")
 PROBE = ("probe",)
 FUNCTIONS = pytest.mark.parametrize("function", [indexer_topk, reference.indexer_topk], ids=["cpu", "reference"])
-
-
-def assert_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """Bit for bit, but NaN equals NaN and 0.0 equals -0.0."""
-    assert torch.equal(actual[0], expected[0])
-    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
 def spoil(call: Call, seed: int) -> Call:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import DTYPES, LAYOUTS, SEGMENTS, Call, calls, make_segments, make_values
+from strategies import DTYPES, LAYOUTS, SEGMENTS, Call, assert_equal, calls, make_segments, make_values
 from torch import Tensor
 
 from hisa_compile import indexer_topk
@@ -19,11 +19,6 @@ NAN, INF = float("nan"), float("inf")
 
 def values(tokens: int = 200, queries: int = 6, kind: str = "gaussian") -> tuple[Tensor, Tensor, Tensor]:
     return make_values(torch.Generator().manual_seed(5), (2, queries, tokens, 3, 8), torch.float32, kind)
-
-
-def assert_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    assert torch.equal(actual[0], expected[0])
-    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
 @settings(max_examples=300, deadline=None)

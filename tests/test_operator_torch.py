@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import DTYPES, FLOAT8, LAYOUTS, Call, make_values, relayout
+from strategies import DTYPES, FLOAT8, LAYOUTS, Call, assert_equal, make_values, relayout
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -125,11 +125,6 @@ def causal_inputs(tokens: int, queries: int = 3) -> tuple[Tensor, Tensor, Tensor
     shape = (2, queries, tokens, 2, 8)
     q, k, weights = make_values(torch.Generator().manual_seed(tokens), shape, torch.float32, "gaussian")
     return q, k, weights, torch.arange(tokens - queries + 1, tokens + 1, dtype=torch.int32)
-
-
-def assert_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    assert torch.equal(actual[0], expected[0])
-    assert torch.equal(actual[1], expected[1])
 
 
 def test_an_exported_program_runs_at_other_lengths() -> None:

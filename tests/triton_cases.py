@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from hypothesis import strategies as st
+from strategies import assert_equal
 from torch import Tensor
 
 from hisa_compile.ops import Budget, Visibility, reference
@@ -91,12 +92,6 @@ def canonical(indices: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """A result in any order, reordered by position."""
     indices, order = indices.sort(dim=-1, stable=True)
     return indices, scores.gather(-1, order)
-
-
-def assert_equal(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """Same indices, same scores, NaN equal to NaN."""
-    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0)
-    torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
 def check(case: Case) -> None:
