@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from . import history
+from . import history, shadow
 from .bases import compile_aot_eager, compile_eager
 from .config import Options, parse_options
 from .fingerprint import graph_modules, report_key, rewrite_id
@@ -60,6 +60,7 @@ def hisa_backend(
     else:
         compiled, sites = compile_eager(gm, parsed.settings) if selects else (gm.forward, [])
     report = Report(tuple(sites))
+    shadow.prepare(report, [*example_inputs, *gm.parameters(), *gm.buffers()])
     history.remember(report)
     log.info("%s (base %s, %s)", report.summary(), parsed.base, parsed.settings)
     log.debug("%s", report)

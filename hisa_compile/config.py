@@ -17,7 +17,9 @@ from .passes.settings import PassSettings
 PREFIX = "hisa."
 BASES = ("inductor", "aot_eager", "eager")
 SCOPES = ("all", "marked")
-KEYS = ("hisa.block_size", "hisa.block_topk", "hisa.coarse", "hisa.scope", "hisa.base")
+KEYS = tuple(
+    PREFIX + name for name in ("block_size", "block_topk", "coarse", "scope", "base", "shadow", "shadow_every")
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     ``hisa.block_size`` (B, at least 1), ``hisa.block_topk`` (m, at least 2): the budget; None or absent =
     derived from the indexer's topk.  ``hisa.coarse``: what blocks are ranked by, "paper" or "probe"; None or absent =
     chosen by what the probe would cost.  ``hisa.scope``: "all" or "marked".  ``hisa.base``: "inductor", "aot_eager"
-    or "eager".
+    or "eager".  ``hisa.shadow``: how many queries a call of each site are compared with the flat selection (see
+    :func:`hisa_compile.shadow_report`), at least 1; None or absent = none.  ``hisa.shadow_every``: only one in so
+    many calls that the host makes does so; 1 if absent.
 
     Raises:
         ValueError: an unknown ``hisa.`` key, a value out of range, or Inductor options with another base.
@@ -61,7 +65,10 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
         )
     block_size, block_topk, coarse = (ours.get(f"hisa.{name}") for name in ("block_size", "block_topk", "coarse"))
     check_budget(block_size, block_topk, coarse, prefix=PREFIX)
-    settings = PassSettings(block_size, block_topk, _choice(ours, "hisa.scope", SCOPES), coarse)
+    shadow, every = ours.get("hisa.shadow"), ours.get("hisa.shadow_every", 1)
+    check_count("hisa.shadow", shadow)
+    check_count("hisa.shadow_every", every, optional=False)
+    settings = PassSettings(block_size, block_topk, _choice(ours, "hisa.scope", SCOPES), coarse, shadow, every)
     return Options(settings, base, given)
 
 
@@ -83,6 +90,17 @@ def check_budget(block_size: object, block_topk: object, coarse: object = None, 
         resolve_budget(0, block_size, block_topk)
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
+
+
+def check_count(name: str, value: object, *, optional: bool = True) -> None:
+    """Raise TypeError or ValueError, naming the parameter, unless it is an integer of at least 1, or None."""
+    if value is None and optional:
+        return
+    expected = f"expected an integer >= 1{' or None' if optional else ''}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), {expected}")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, {expected}")
 
 
 def _choice(options: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.fx.traceback import annotate
 
-from .config import check_budget
+from .config import check_budget, check_count
 from .fingerprint import graph_modules
 from .passes.settings import MARK_KEY, Mark
 
@@ -29,6 +29,7 @@ def hisa(
     block_size: int | None = None,
     block_topk: int | None = None,
     coarse: str | None = None,
+    shadow: int | None = None,
     enabled: bool = True,
 ) -> Callable[[T], T]: ...
 
@@ -40,6 +41,7 @@ def hisa(
     block_size: int | None = None,
     block_topk: int | None = None,
     coarse: str | None = None,
+    shadow: int | None = None,
     enabled: bool = True,
 ) -> Any:
     """Mark everything a function, or a module class's ``forward``, computes when compiled.
@@ -53,6 +55,8 @@ def hisa(
     Args:
         block_size, block_topk, coarse: the budget of indexers in the region, and what blocks are ranked by, "paper" or
             "probe"; None = as the backend's options say.
+        shadow: how many queries a call of indexers in the region are compared with the flat selection, at least 1
+            (see :func:`hisa_compile.shadow_report`); None = as the backend's options say.
         enabled: False leaves the region's indexers flat.
 
     The backend honours marks always; with ``hisa.scope="marked"`` it rewrites nothing else.  Where regions
@@ -63,12 +67,13 @@ def hisa(
     Raises:
         TypeError: the target is not one of the above (a module instance, a compiled function, a generator,
             ...), or an argument has the wrong type.
-        ValueError: a budget value is out of range, or ``coarse`` is no stage.
+        ValueError: a budget value or ``shadow`` is out of range, or ``coarse`` is no stage.
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"hisa: enabled: got {enabled!r} ({type(enabled).__name__}), expected True or False")
     check_budget(block_size, block_topk, coarse, prefix="hisa: ")
-    mark = Mark(enabled, block_size, block_topk, coarse)
+    check_count("hisa: shadow", shadow)
+    mark = Mark(enabled, block_size, block_topk, coarse, shadow)
     if target is None:
         return functools.partial(_decorate, mark=mark)
     return _decorate(target, mark)

@@ -20,12 +20,11 @@ from .config import check_budget
 from .ops import Budget, Visibility, indexer_topk, pool_keys, resolve_budget
 from .ops.budget import LARGEST_DEFAULT_BLOCK, SMALLEST_BLOCK_TOPK
 from .ops.coarse import PAPER, PROBE, resolve_coarse
-from .ops.reference import visible_tokens
+from .ops.compare import compare
+from .ops.seen import Seen, count_visible
 from .ops.validate import check_arguments
 
 WORST_SHARE = 0.05
-# Elements of queries x tokens that are looked at together where a mask has to be.
-MASK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,11 @@ class Fidelity:
         rows = {
             "queries": f"{self.queries}, {self.exact_queries} exact by construction",
             "compared": f"{self.sampled} of {pruned}" if pruned else "none, nothing is pruned",
-            "IoU": _show(self.iou),
-            "IoU, worst 5 %": _show(self.worst_iou),
-            "recall": _show(self.recall),
-            "score share": _show(self.score_share),
-            "equal to flat": _show(self.exact_share),
+            "IoU": show_share(self.iou),
+            "IoU, worst 5 %": show_share(self.worst_iou),
+            "recall": show_share(self.recall),
+            "score share": show_share(self.score_share),
+            "equal to flat": show_share(self.exact_share),
             "keys scored a query": f"{self.cost:.0f}, flat {self.flat_cost:.0f}",
         }
         return "\n".join([f"HISA, {_describe(self)}"] + [f"  {k:<21}{v}" for k, v in rows.items()])
@@ -126,7 +125,7 @@ class Recommendation:
         best, exact = self.best, self.points[-1]
         if self.prunes:
             verdict = (
-                f"{_describe(best)} reaches a recall of {_show(best.recall)} (target "
+                f"{_describe(best)} reaches a recall of {show_share(best.recall)} (target "
                 f"{self.target_recall:g}) and scores {best.cost:.0f} keys a query, flat {best.flat_cost:.0f}"
             )
         elif len(self.points) == 1:
@@ -147,7 +146,7 @@ class Recommendation:
             figures = (point.recall, point.iou, point.worst_iou, point.score_share)
             marks = "*" * (point in front) + " exact" * (point.sampled == 0) + " <- best" * (point == best)
             line = f"  {size:>6} {kept:>6} {point.budget.candidates:>8} {point.coarse:>6} {point.cost:>8.0f} "
-            table.append((line + " ".join(f"{_show(figure):>7}" for figure in figures) + f" {marks}").rstrip())
+            table.append((line + " ".join(f"{show_share(figure):>7}" for figure in figures) + f" {marks}").rstrip())
         return "\n".join([verdict, *table, "  *: nothing is cheaper and as good, or better and as cheap"])
 
 
@@ -264,7 +263,7 @@ def recommend_budget(
     return Recommendation(target_recall, points, min(reaching, key=lambda point: (point.cost, -point.recall)))
 
 
-def _show(share: float) -> str:
+def show_share(share: float) -> str:
     """Cut off and not rounded up, so that 1 is 1 and what looks as if it reached a target did."""
     return f"{math.floor(share * 1e4 + 1e-6) / 1e4:.4f}"
 
@@ -282,7 +281,7 @@ def _check_integer(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name}: got {value}, expected an integer >= {least}")
 
 
-def _candidate_budgets(topk: int, block_size: int, seen: _Seen) -> list[Budget]:
+def _candidate_budgets(topk: int, block_size: int, seen: Seen) -> list[Budget]:
     """1, 2, 3, 4, 6, 8, 12, ... times topk candidates, the paper's 4 among them, as long as some query is pruned."""
     multiples = itertools.chain([1], (digit << power for power in itertools.count() for digit in (2, 3)))
     budgets = (Budget(block_size, max(-(-m * topk // block_size), SMALLEST_BLOCK_TOPK)) for m in multiples)
@@ -292,33 +291,15 @@ def _candidate_budgets(topk: int, block_size: int, seen: _Seen) -> list[Budget]:
 # Queries, and what they see ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What the queries see: tokens int64 [B, S], and by block size the blocks that hold one of them, int64 [B, S]."""
-
-    topk: int
-    heads: int
-    tokens: Tensor
-    blocks: dict[int, Tensor]
-
-    @property
-    def chooses(self) -> Tensor:
-        """Which queries see more tokens than are selected, bool [B, S]; all others select whatever they see."""
-        return self.tokens > self.topk if self.topk else torch.zeros_like(self.tokens, dtype=torch.bool)
-
-    def pruned(self, budget: Budget) -> Tensor:
-        """Which queries may be selected for otherwise than by the flat indexer, bool [B, S]."""
-        return self.chooses & (self.blocks[budget.block_size] > budget.block_topk)
-
-    def cost(self, budget: Budget, stage: str) -> tuple[float, float]:
-        """``cost`` and ``flat_cost`` of :class:`Fidelity`."""
-        chooses = self.chooses
-        if not chooses.any():
-            return 0.0, 0.0
-        blocks, tokens = self.blocks[budget.block_size].double(), self.tokens.double()
-        coarse = tokens * 2 / max(self.heads, 1) if stage == PROBE else blocks
-        scored = torch.where(blocks > budget.block_topk, coarse + budget.candidates, tokens)
-        return float(scored[chooses].mean()), float(tokens[chooses].mean())
+def _cost(seen: Seen, heads: int, budget: Budget, stage: str) -> tuple[float, float]:
+    """``cost`` and ``flat_cost`` of :class:`Fidelity`."""
+    chooses = seen.chooses
+    if not chooses.any():
+        return 0.0, 0.0
+    blocks, tokens = seen.blocks[budget.block_size].double(), seen.tokens.double()
+    coarse = tokens * 2 / max(heads, 1) if stage == PROBE else blocks
+    scored = torch.where(blocks > budget.block_topk, coarse + budget.candidates, tokens)
+    return float(scored[chooses].mean()), float(tokens[chooses].mean())
 
 
 class _Capture:
@@ -356,7 +337,7 @@ class _Capture:
         """The coarse stage that a budget has."""
         return resolve_coarse(self.coarse, self.tokens, self.q.shape[2], budget, pooled=False)
 
-    def _options(self, entry: int, rows: Tensor | slice) -> dict[str, Tensor]:
+    def _options(self, entry: int, rows: Tensor) -> dict[str, Tensor]:
         one = slice(entry, entry + 1)
         by_query = {name: _rows_of(x[one], rows) for name, x in self._by_query.items()}
         return by_query | {name: x[one] for name, x in self._by_token.items()}
@@ -385,66 +366,16 @@ class _Capture:
         factors = {name: x[one] for name, x in self._by_token.items() if name in names}
         return pool_keys(self.k[one], block_size, **factors)
 
-    def count(self, block_sizes: Sequence[int]) -> _Seen:
-        """What every query sees.  No tensor of S x T elements is made, but for a mask, which is one."""
-        tokens = self.q.new_zeros((self.batch, self.queries), dtype=torch.int64)
-        blocks = {size: torch.zeros_like(tokens) for size in block_sizes}
-        for entry in range(self.batch if self.tokens and self.queries else 0):
-            counting = self._count_in_mask if "mask" in self._by_query else self._count_in_vectors
-            counting(entry, tokens[entry], {size: x[entry] for size, x in blocks.items()})
-        return _Seen(self.topk, self.q.shape[2], tokens, blocks)
-
-    def _count_in_mask(self, entry: int, tokens: Tensor, blocks: dict[int, Tensor]) -> None:
-        """Token by token, for some queries at a time.  Writes ``tokens`` [S] and ``blocks`` [S]."""
-        names = Visibility._fields
-        step = max(1, MASK_ELEMENTS // self.tokens)
-        for start in range(0, self.queries, step):
-            rows = slice(start, start + step)
-            options = {name: x for name, x in self._options(entry, rows).items() if name in names}
-            visible = visible_tokens(self.q[entry : entry + 1, rows], self.k[entry : entry + 1], **options)[0]
-            tokens[rows] = visible.sum(-1)
-            for size, count in blocks.items():
-                padded = torch.nn.functional.pad(visible, (0, -self.tokens % size))
-                count[rows] = padded.unflatten(-1, (-1, size)).any(-1).sum(-1)
-
-    def _count_in_vectors(self, entry: int, tokens: Tensor, blocks: dict[int, Tensor]) -> None:
-        """By sorting: valid tokens by segment, then position, are what a window of one segment is an interval of.
-
-        Writes ``tokens`` [S] and ``blocks`` [S].
-        """
-        device, stride = self.q.device, self.tokens + 1
-        position = torch.arange(self.tokens, device=device)
-        if "key_valid" in self._by_token:
-            position = position[self._by_token["key_valid"][entry]]
-        if not position.numel():
-            return
-        segment, own = torch.zeros_like(position), torch.zeros_like(tokens)
-        known = torch.ones_like(tokens, dtype=torch.bool)
-        if "k_segment" in self._by_token:
-            ids, segment = self._by_token["k_segment"][entry][position].unique(return_inverse=True)
-            segment, order = segment.sort(stable=True)
-            position = position[order]
-            asked = self._by_query["q_segment"][entry].contiguous()
-            own = torch.searchsorted(ids, asked).clamp_max_(ids.shape[0] - 1)
-            known = ids[own] == asked
-        ordered = segment * stride + position
-
-        def before(name: str, default: int) -> Tensor:
-            bound = self._by_query[name][entry].long() if name in self._by_query else torch.full_like(own, default)
-            return torch.searchsorted(ordered, own * stride + bound.clamp(0, self.tokens))
-
-        first, last = before("window_start", 0), before("window_end", self.tokens)
-        tokens.copy_((last - first).clamp_min_(0) * known)
-        for size, count in blocks.items():
-            # Numbers the blocks in that order; one that holds several segments has a number in each.
-            number = torch.nn.functional.pad((position // size).diff() != 0, (1, 0)).cumsum(0)
-            between = number[(last - 1).clamp_min_(0)] - number[first.clamp_max(number.shape[0] - 1)]
-            count.copy_(torch.where(tokens > 0, between + 1, 0))
+    def count(self, block_sizes: Sequence[int]) -> Seen:
+        """What every query sees."""
+        given = self._by_query | self._by_token
+        visibility = Visibility(**{name: x for name, x in given.items() if name in Visibility._fields})
+        return count_visible(self.q, self.k, self.topk, visibility, block_sizes)
 
     # Comparing --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def measure(self, budgets: Sequence[Budget], seen: _Seen, queries: int, seed: int) -> tuple[Fidelity, ...]:
+    def measure(self, budgets: Sequence[Budget], seen: Seen, queries: int, seed: int) -> tuple[Fidelity, ...]:
         """The figures of each budget."""
         _check_integer("queries", queries, 1)
         generator = torch.Generator().manual_seed(seed)
@@ -462,16 +393,16 @@ class _Capture:
                 if rows.numel():
                     at = torch.searchsorted(together, rows)
                     found = self._select(entry, rows, budget, means)
-                    own.append(_compare(found, (flat[0][at], flat[1][at])).cpu())
+                    own.append(compare(found, (flat[0][at], flat[1][at])).cpu())
         return tuple(self._summary(budget, seen, own) for budget, own in zip(budgets, figures, strict=True))
 
-    def _summary(self, budget: Budget, seen: _Seen, figures: list[Tensor]) -> Fidelity:
+    def _summary(self, budget: Budget, seen: Seen, figures: list[Tensor]) -> Fidelity:
         total = self.batch * self.queries
         exact = total - int(seen.pruned(budget).sum())
         recall, share = torch.cat([*figures, torch.empty(2, 0, dtype=torch.float64)], dim=1)
         sampled = recall.shape[0]
         stage = self.stage(budget)
-        cost, flat_cost = seen.cost(budget, stage)
+        cost, flat_cost = _cost(seen, self.q.shape[2], budget, stage)
         if sampled == 0:
             return Fidelity(self.topk, budget, stage, total, exact, 0, 1.0, 1.0, 1.0, 1.0, 1.0, cost, flat_cost)
         iou = (recall / (2 - recall)).sort().values
@@ -492,27 +423,6 @@ class _Capture:
         )
 
 
-def _rows_of(x: Tensor, rows: Tensor | slice) -> Tensor:
+def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
     """Of [1, S, ...] some queries.  Not by indexing with a tensor, which float8 lacks on some devices."""
-    return x[:, rows] if isinstance(rows, slice) else x.index_select(1, rows)
-
-
-def _compare(found: tuple[Tensor, Tensor], flat: tuple[Tensor, Tensor]) -> Tensor:
-    """Recall and share of the score of each query, float64 [2, R].
-
-    Both selections hold indices and scores [R, topk], sorted by descending score; all their tokens are visible.
-    """
-    indices = flat[0].sort(-1).values
-    at = torch.searchsorted(indices, found[0]).clamp_max_(indices.shape[1] - 1)
-    # Of equal scores at the edge either choice is right.  They may be many: where no head fires, a score is 0.
-    common = (indices.gather(1, at) == found[0]) | (found[1] >= flat[1][:, -1:])
-    recall = common.sum(-1).double() / indices.shape[1]
-    gained, total = (_positive(scores).sum(-1) for scores in (found[1], flat[1]))
-    share = torch.where(total > 0, gained / total, 1.0).clamp_max_(1.0)
-    # The same tokens' scores may differ in their last bits, since the two calls add up in different tiles.
-    return torch.stack((recall, torch.where(recall == 1, 1.0, share)))
-
-
-def _positive(scores: Tensor) -> Tensor:
-    """Scores in float64, what is not a positive number as 0 and inf as the largest float32."""
-    return scores.double().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max).clamp_min_(0.0)
+    return x.index_select(1, rows)

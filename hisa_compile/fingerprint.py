@@ -22,9 +22,15 @@ from .passes.settings import PassSettings, mark_of
 
 
 def rewrite_id(gm: torch.fx.GraphModule, settings: PassSettings) -> str:
-    """Digest of what decides a rewrite besides the graph: our sources, the settings, the marks on ``gm``."""
-    marks = (repr(mark_of(node)) for module in graph_modules(gm) for node in module.graph.nodes)
-    return _digest([source_id(), repr(settings), *marks])
+    """Digest of what decides a rewrite besides the graph: our sources, the settings, the marks on ``gm``.
+
+    In shadow mode the names of sites are in the rewritten graph, and so whatever they are made of counts as well.
+    """
+    nodes = [node for module in graph_modules(gm) for node in module.graph.nodes]
+    marks = [mark_of(node) for node in nodes]
+    named = any(settings.shadow_at(mark) is not None for mark in [None, *marks])
+    places = (line for node in nodes for line in _describe_node(node)) if named else ()
+    return _digest([source_id(), repr(settings), *map(repr, marks), *places])
 
 
 def report_key(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parts: Iterable[str]) -> str:

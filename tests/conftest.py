@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 
 from hisa_compile import history
+from hisa_compile.ops import tally
 
 
 @pytest.fixture(autouse=True)
 def no_reports() -> None:
     """A process keeps its latest 256 reports: a test that counts its own from those there were would find none."""
     history._reports.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_shadow_sites() -> None:
+    """Sites of shadow mode stay as long as the process does."""
+    tally._tallies.clear()
+    tally._turns.clear()

@@ -18,7 +18,7 @@ from strategies import DTYPES, LAYOUTS, Call, calls, make_values
 from torch import Tensor
 
 from hisa_compile import Budget, Fidelity, Recommendation, fidelity, indexer_topk, recommend_budget, resolve_budget
-from hisa_compile.ops import reference
+from hisa_compile.ops import reference, seen
 from hisa_compile.ops.coarse import resolve_coarse
 
 # The package has the function under this name.
@@ -128,7 +128,7 @@ def test_every_figure_is_that_of_a_loop_over_the_queries(call: Call, stage: str 
     """Any visibility, factors, dtypes, coarse stage, ties, NaN and inf; no query that is left out differs from flat."""
     call = call.with_options(coarse=stage)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "MASK_ELEMENTS", 200)
+        patch.setattr(seen, "MASK_ELEMENTS", 200)
         result = measured(call)
     rows = by_query(call)
     assert result.budget == (call.options["block_size"], call.options["block_topk"])
@@ -337,7 +337,7 @@ def test_every_batch_entry_has_its_own_sample() -> None:
 
 def test_without_a_mask_nothing_is_looked_at_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """What queries see is counted from vectors: a whole prefill of 100000 tokens needs no 10 GB, nor minutes."""
-    monkeypatch.setattr(MODULE, "visible_tokens", lambda *_, **__: pytest.fail("token by token"))
+    monkeypatch.setattr(seen, "visible_tokens", lambda *_, **__: pytest.fail("token by token"))
     tokens = 100_000
     q, k, weights = torch.ones(1, tokens, 1, 2), torch.randn(1, tokens, 2), torch.ones(1, tokens, 1)
     segment = torch.arange(tokens)[None] // 1000
@@ -578,15 +578,15 @@ def test_a_table_says_all_of_it() -> None:
 # The page's examples --------------------------------------------------------------------------------------------------
 
 
-def examples() -> list[str]:
-    section = PAGE.read_text("utf-8").partition("## For your own tensors\n")[2].partition("\n## ")[0]
+def examples(title: str) -> list[str]:
+    section = PAGE.read_text("utf-8").partition(f"## {title}\n")[2].partition("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
 def test_the_pages_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     """As they stand, one after the other; what is recorded of the compiled model is what it was called with."""
     names: dict[str, Any] = {}
-    first, second = examples()
+    first, second = examples("For your own tensors")
     exec(first, names)
     assert re.match("HISA, topk=256, block_size=16, block_topk=64 ", capsys.readouterr().out)
     assert names["found"].prunes
@@ -597,9 +597,21 @@ def test_the_pages_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     }
     exec(second, names)
     given = [names[name] for name in ("q", "k", "weights", "topk")]
-    (call,) = names["Record"].calls
-    assert fidelity(**call) == fidelity(*given, window_end=names["window_end"])
-    assert capsys.readouterr().out == f"{fidelity(**call)}\n"
+    (call,) = names["calls"]
+    assert fidelity(**call.arguments) == fidelity(*given, window_end=names["window_end"])
+    assert capsys.readouterr().out == f"{call.site} {fidelity(**call.arguments)}\n"
+
+
+def test_the_pages_example_of_shadow_mode_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints a table of one site, and its recall."""
+    (example,) = examples("Shadow mode")
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    exec(example, {})
+    head, row, recall = capsys.readouterr().out.splitlines()
+    cells = dict(zip(head.split()[:-1], row.split(), strict=False))
+    assert (cells["calls"], cells["queries"], cells["exact"], cells["compared"]) == ("4", "256", "0", "64")
+    assert 0.3 < float(recall) < 1
 
 
 @pytest.mark.gpu

@@ -21,27 +21,29 @@ from .visibility import Visibility
 OP_NAME = "hisa::indexer_topk"
 POOL_NAME = "hisa::pool_keys"
 
-_library = torch.library.Library("hisa", "DEF")
+library = torch.library.Library("hisa", "DEF")
 # Tensors that are keyword-only in the schema can't have an autograd formula; the public function below is
 # where the optional arguments are keyword-only.
-_library.define(
-    "indexer_topk(Tensor q, Tensor k, Tensor weights, SymInt topk, int? block_size=None, int? block_topk=None, "
+ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor weights, SymInt topk, int? block_size=None, int? block_topk=None, "
     "Tensor? window_start=None, Tensor? window_end=None, Tensor? key_valid=None, Tensor? mask=None, "
     "Tensor? k_scale=None, bool sorted=True, bool mark_hidden=False, "
     # Later arguments come last, so that the positions in graphs made before them stay right.
-    "Tensor? q_segment=None, Tensor? k_segment=None, Tensor? k_weight=None, Tensor? k_pooled=None, str? coarse=None) "
-    "-> (Tensor indices, Tensor scores)",
+    "Tensor? q_segment=None, Tensor? k_segment=None, Tensor? k_weight=None, Tensor? k_pooled=None, str? coarse=None"
+)
+library.define(
+    f"indexer_topk({ARGUMENTS}) -> (Tensor indices, Tensor scores)",
     # Any input layout is read in place, so Inductor need not copy to fixed strides.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
-_library.define(
+library.define(
     "pool_keys(Tensor k, int block_size, Tensor? key_valid=None, Tensor? k_scale=None, Tensor? k_weight=None) "
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
 
-def _run(
+def run(
     q: Tensor,
     k: Tensor,
     weights: Tensor,
@@ -82,8 +84,8 @@ def _run(
     )
 
 
-@torch.library.register_fake(OP_NAME, lib=_library)
-def _meta(
+@torch.library.register_fake(OP_NAME, lib=library)
+def meta(
     q: Tensor,
     k: Tensor,
     weights: Tensor,
@@ -117,7 +119,7 @@ def _meta(
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
 
 
-def _no_gradient(ctx: Any, grad_indices: Tensor | None, grad_scores: Tensor | None) -> None:
+def no_gradient(ctx: Any, grad_indices: Tensor | None, grad_scores: Tensor | None) -> None:
     raise NotImplementedError(
         "hisa::indexer_topk: a gradient was asked for through `scores`, which the operator does not provide.  "
         "Detach the scores, or recompute them at the returned indices with differentiable operations "
@@ -125,9 +127,9 @@ def _no_gradient(ctx: Any, grad_indices: Tensor | None, grad_scores: Tensor | No
     )
 
 
-_library.impl("indexer_topk", _run, "CPU")
-_library.impl("indexer_topk", _run, "CUDA")
-torch.library.register_autograd(OP_NAME, _no_gradient, lib=_library)
+library.impl("indexer_topk", run, "CPU")
+library.impl("indexer_topk", run, "CUDA")
+torch.library.register_autograd(OP_NAME, no_gradient, lib=library)
 
 
 def _run_pool(
@@ -148,7 +150,7 @@ def _run_pool(
     return pool_keys_triton(k, block_size, key_valid, k_scale, k_weight)
 
 
-@torch.library.register_fake(POOL_NAME, lib=_library)
+@torch.library.register_fake(POOL_NAME, lib=library)
 def _meta_pool(
     k: Tensor,
     block_size: int,
@@ -170,9 +172,9 @@ def _no_gradient_of_means(ctx: Any, grad_means: Tensor | None) -> None:
     )
 
 
-_library.impl("pool_keys", _run_pool, "CPU")
-_library.impl("pool_keys", _run_pool, "CUDA")
-torch.library.register_autograd(POOL_NAME, _no_gradient_of_means, lib=_library)
+library.impl("pool_keys", _run_pool, "CPU")
+library.impl("pool_keys", _run_pool, "CUDA")
+torch.library.register_autograd(POOL_NAME, _no_gradient_of_means, lib=library)
 
 
 def indexer_topk(

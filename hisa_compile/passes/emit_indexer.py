@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
@@ -21,6 +22,14 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 
+class Shadow(NamedTuple):
+    """What a call in shadow mode is told: its site's name, how many queries to compare, and in one call of how many."""
+
+    site: str
+    sample: int
+    every: int
+
+
 def indexer_call(
     emit: Emitter,
     form: IndexerForm,
@@ -29,8 +38,9 @@ def indexer_call(
     coarse: str | None,
     in_order: bool,
     visibility: dict[str, Node],
+    shadow: Shadow | None = None,
 ) -> Node:
-    """The node that calls ``hisa::indexer_topk`` on what the form describes."""
+    """The node that calls ``hisa::indexer_topk``, in shadow mode its twin, on what the form describes."""
     k = emit.arrange(form.key, (form.batch, form.keys, form.key_features))
     device = k.meta["val"].device
     parts = [_query_and_weights(emit, form, part, device) for part in join_heads(emit, form)]
@@ -46,7 +56,8 @@ def indexer_call(
             each = [_float(emit, factor, (form.batch, form.keys), device) for factor in factors]
             optional[name] = emit.cast(_product(emit, each), torch.float32)
     return emit.call(
-        torch.ops.hisa.indexer_topk.default,
+        torch.ops.hisa.indexer_topk.default if shadow is None else torch.ops.hisa.indexer_topk_shadow.default,
+        *(shadow or ()),
         q,
         k,
         weights,

@@ -15,6 +15,11 @@ from ..ops.coarse import PROBE, longest_probed
 T = sympy.Symbol("T", integer=True, positive=True)
 
 
+def site_name(module: str, location: str) -> str:
+    """What a site goes by."""
+    return " ".join(part for part in (module or "(no module)", location) if part)
+
+
 @dataclass(frozen=True)
 class Site:
     """One selection (top-k or sort) in a graph.
@@ -29,6 +34,7 @@ class Site:
     suggestion: a change of the model's code that would make it match, "" where there is no simple one.
     form: the score in index notation, if it was rewritten.
     coarse: the coarse stage that was asked for; None where none was: it is then chosen at each call.
+    shadow: how many queries a call are compared with the flat selection; None where none are.
     """
 
     op: str
@@ -44,6 +50,12 @@ class Site:
     suggestion: str = ""
     form: str = ""
     coarse: str | None = None
+    shadow: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The module and the line."""
+        return site_name(self.module, self.location)
 
     @property
     def rewritten(self) -> bool:
@@ -87,7 +99,7 @@ class Site:
         return cls(**{**data, "budget": budget and Budget(*budget), "notes": tuple(data["notes"])})
 
     def __str__(self) -> str:
-        where = " ".join(part for part in (self.module or "(no module)", self.location) if part)
+        where = self.name
         if self.rewritten:
             assert self.budget is not None
             stage = "" if self.coarse is None else f" coarse={self.coarse}"
@@ -96,6 +108,10 @@ class Site:
                 f"block_topk={self.budget.block_topk}{stage}, exact up to {self.exact_up_to} visible tokens"
             ]
             lines += [f"    {line}" for line in self.form.splitlines()]
+            if self.shadow is not None:
+                lines.append(
+                    f"    shadow mode: up to {self.shadow} queries a call are compared with the flat selection"
+                )
             if self.work_before is not None:
                 lines.append(f"    multiply-adds a query: {self.work_before} before, {self.work_after} after")
         else:

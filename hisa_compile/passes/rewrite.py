@@ -20,14 +20,14 @@ from .axes import product_of_sizes
 from .chunks import Chunks, find_chunks, join_queries, join_visibility
 from .consumers import order_matters
 from .emit import Emitter, UnknownSizeError
-from .emit_indexer import indexer_call, outputs_of, take_sizes_elsewhere
+from .emit_indexer import Shadow, indexer_call, outputs_of, take_sizes_elsewhere
 from .emit_visibility import visibility_arguments
 from .errors import NotAnIndexer, describe
 from .form import IndexerForm
 from .normal_form import describe_indexer
 from .notation import in_index_notation
 from .obligations import GraphFacts, check_obligations
-from .report import Site
+from .report import Site, site_name
 from .selection import TAKES_PART, TOPK, Selection, module_path, selections, source_location
 from .settings import Mark, PassSettings, mark_of
 from .terms import signature
@@ -45,6 +45,7 @@ class Proof:
     vectors: Vectors
     budget: Budget
     coarse: str | None
+    shadow: int | None
 
 
 def rewrite_indexers(graph: Graph, settings: PassSettings, *, under_autograd: bool = False) -> list[Site]:
@@ -100,7 +101,7 @@ class _Rewriting:
             try:
                 self.replace([proof], None)
             except NotAnIndexer as reason:
-                site = replace(site, reason=str(reason), form="", budget=None, coarse=None)
+                site = replace(site, reason=str(reason), form="", budget=None, coarse=None, shadow=None)
             except Exception as error:
                 site = replace(_internal_error(node, error), topk=site.topk)
             else:
@@ -115,7 +116,7 @@ class _Rewriting:
             return False
         proofs = [self.attempt(node, in_chunks=True) for node in nodes]
         proved = [proof for proof in proofs if isinstance(proof, Proof)]
-        if len(proved) != len(proofs) or len({(proof.budget, proof.coarse) for proof in proved}) != 1:
+        if len(proved) != len(proofs) or len({(proof.budget, proof.coarse, proof.shadow) for proof in proved}) != 1:
             return False
         try:
             if not self.replace(proved, chunks):
@@ -128,7 +129,9 @@ class _Rewriting:
         note = f"one call for {len(nodes)} chunks of queries"
         for node, proof in zip(nodes, proved, strict=True):
             site = self.kept(self.site(proof), proof.form)
-            self.sites[node] = replace(site, notes=(note, *site.notes))
+            # What shadow mode finds of the one call goes by the first chunk's name.
+            shadow = proof.shadow if node is nodes[0] else None
+            self.sites[node] = replace(site, notes=(note, *site.notes), shadow=shadow)
         return True
 
     # Proving ----------------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ class _Rewriting:
             form = describe_indexer(selection.score, selection.dim, selection.smallest)
             vectors = take_apart(form.conditions, form.queries, form.keys, in_chunks)
             check_obligations(self.facts, selection, form, vectors)
-            return Proof(selection, form, vectors, *self.budget(topk, mark))
+            return Proof(selection, form, vectors, *self.budget(topk, mark), self.settings.shadow_at(mark))
         except NotAnIndexer as reason:
             heads, head_dim = (None, None) if form is None else _sizes(form)
             return Site(
@@ -226,7 +229,12 @@ class _Rewriting:
         self.asks_for_order = _asks_for_order(selection, dim) if selection.sorted else None
         in_order = self.asks_for_order is not None
         budget, coarse = proofs[0].budget, proofs[0].coarse
-        call = indexer_call(emit, form, selection.topk, budget, coarse, in_order, arguments)
+        shadow = None
+        if proofs[0].shadow is not None:
+            node = selection.node
+            name = site_name(module_path(node), source_location(node))
+            shadow = Shadow(name, proofs[0].shadow, self.settings.shadow_every)
+        call = indexer_call(emit, form, selection.topk, budget, coarse, in_order, arguments, shadow)
         return outputs_of(emit, selection, form, call, dim)
 
     def visibility(self, emit: Emitter, proof: Proof, device: torch.device) -> dict[str, Node]:
@@ -264,6 +272,7 @@ class _Rewriting:
             budget=proof.budget,
             form=in_index_notation(proof.form, proof.vectors),
             coarse=proof.coarse,
+            shadow=proof.shadow,
         )
 
     def kept(self, site: Site, form: IndexerForm) -> Site:
