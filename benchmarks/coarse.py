@@ -43,6 +43,7 @@ CANDIDATES_PER_SELECTED = 4
 PAPER = ("paper", 128)
 PROBE = ("probe", 128)
 OPTIONS = (PAPER, PROBE, ("paper", 64), ("probe", 64), ("paper", 32), ("probe", 32))
+OPTIONS += tuple(("two-level", size) for size in (128, 64, 32))
 POINTS = ("16Kx2048", "32Kx2048", "64Kx2048", "64Kx4096", "128Kx2048", "256Kx2048", "1024Kx2048")
 # What finds more may take so many times as long as the paper's stage, at a context of 64K.
 MOST_TIME = 1.25

@@ -19,7 +19,7 @@ from torch import Tensor
 from .config import check_budget
 from .ops import Budget, Visibility, indexer_topk, pool_keys, resolve_budget
 from .ops.budget import LARGEST_DEFAULT_BLOCK, SMALLEST_BLOCK_TOPK
-from .ops.coarse import PAPER, PROBE, resolve_coarse
+from .ops.coarse import PAPER, TWO_LEVEL, outer_of, outer_size, resolve_coarse, size_of_means
 from .ops.compare import compare
 from .ops.seen import Seen, count_visible
 from .ops.validate import check_arguments
@@ -50,7 +50,8 @@ class Fidelity:
     cost: keys scored a query, tokens and block means together: as many dot products a head.  Exact mean over all
         queries that see more than topk tokens, sampled or not: visible tokens where these fit in block_topk blocks,
         else block_size * block_topk, plus for "paper" the blocks that hold a visible token, for "probe" 2 / H of the
-        visible tokens: two dot products each, shared out among the H heads.  0 if there is no such query.
+        visible tokens: two dot products each, shared out among the H heads; for "two-level" the outer blocks that hold
+        one, and 2 / H of the visible tokens up to those of the kept outer blocks.  0 if there is no such query.
     flat_cost: the mean number of tokens that these queries see.
     """
 
@@ -139,13 +140,13 @@ class Recommendation:
                 f"indexer's {best.flat_cost:.0f} keys a query: leave this indexer flat, or lower the target"
             )
         front = self.pareto
-        head = f"  {'B':>6} {'m':>6} {'m*B':>8} {'coarse':>6} {'keys':>8} "
+        head = f"  {'B':>6} {'m':>6} {'m*B':>8} {'coarse':>9} {'keys':>8} "
         table = [head + f"{'recall':>7} {'IoU':>7} {'worst':>7} {'score':>7}"]
         for point in self.points:
             size, kept = point.budget
             figures = (point.recall, point.iou, point.worst_iou, point.score_share)
             marks = "*" * (point in front) + " exact" * (point.sampled == 0) + " <- best" * (point == best)
-            line = f"  {size:>6} {kept:>6} {point.budget.candidates:>8} {point.coarse:>6} {point.cost:>8.0f} "
+            line = f"  {size:>6} {kept:>6} {point.budget.candidates:>8} {point.coarse:>9} {point.cost:>8.0f} "
             table.append((line + " ".join(f"{show_share(figure):>7}" for figure in figures) + f" {marks}").rstrip())
         return "\n".join([verdict, *table, "  *: nothing is cheaper and as good, or better and as cheap"])
 
@@ -291,13 +292,16 @@ def _candidate_budgets(topk: int, block_size: int, seen: Seen) -> list[Budget]:
 # Queries, and what they see ------------------------------------------------------------------------------------------
 
 
-def _cost(seen: Seen, heads: int, budget: Budget, stage: str) -> tuple[float, float]:
+def _cost(seen: Seen, heads: int, budget: Budget, stage: str, outer: Budget | None) -> tuple[float, float]:
     """``cost`` and ``flat_cost`` of :class:`Fidelity`."""
     chooses = seen.chooses
     if not chooses.any():
         return 0.0, 0.0
     blocks, tokens = seen.blocks[budget.block_size].double(), seen.tokens.double()
-    coarse = tokens * 2 / max(heads, 1) if stage == PROBE else blocks
+    share = 2 / max(heads, 1)
+    coarse = blocks if stage == PAPER else tokens * share
+    if outer is not None:
+        coarse = seen.blocks[outer.block_size] + tokens.clamp_max(outer.candidates) * share
     scored = torch.where(blocks > budget.block_topk, coarse + budget.candidates, tokens)
     return float(scored[chooses].mean()), float(tokens[chooses].mean())
 
@@ -337,6 +341,10 @@ class _Capture:
         """The coarse stage that a budget has."""
         return resolve_coarse(self.coarse, self.tokens, self.q.shape[2], budget, pooled=False)
 
+    def outer(self, budget: Budget) -> Budget | None:
+        """The outer blocks inside which it looks for a budget's, if it does."""
+        return outer_of(self.stage(budget), self.tokens, budget)
+
     def _options(self, entry: int, rows: Tensor) -> dict[str, Tensor]:
         one = slice(entry, entry + 1)
         by_query = {name: _rows_of(x[one], rows) for name, x in self._by_query.items()}
@@ -353,10 +361,11 @@ class _Capture:
         q, k, weights = _rows_of(self.q[one], rows), self.k[one], _rows_of(self.weights[one], rows)
         options: dict[str, Any] = self._options(entry, rows) | budget._asdict()
         options["coarse"] = self.stage(budget)
-        if means is not None and options["coarse"] == PAPER:
-            if budget.block_size not in means:
-                means[budget.block_size] = self._means(entry, budget.block_size)
-            options["k_pooled"] = means[budget.block_size]
+        if means is not None and (options["coarse"] == PAPER or self.outer(budget)):
+            size = size_of_means(options["coarse"], budget.block_size)
+            if size not in means:
+                means[size] = self._means(entry, size)
+            options["k_pooled"] = means[size]
         indices, scores = indexer_topk(q, k, weights, self.topk, **options)
         return indices[0], scores[0]
 
@@ -370,7 +379,8 @@ class _Capture:
         """What every query sees."""
         given = self._by_query | self._by_token
         visibility = Visibility(**{name: x for name, x in given.items() if name in Visibility._fields})
-        return count_visible(self.q, self.k, self.topk, visibility, block_sizes)
+        sizes = {*block_sizes, *(outer_size(size) for size in block_sizes if self.coarse == TWO_LEVEL)}
+        return count_visible(self.q, self.k, self.topk, visibility, sorted(sizes))
 
     # Comparing --------------------------------------------------------------------------------------------------------
 
@@ -402,7 +412,7 @@ class _Capture:
         recall, share = torch.cat([*figures, torch.empty(2, 0, dtype=torch.float64)], dim=1)
         sampled = recall.shape[0]
         stage = self.stage(budget)
-        cost, flat_cost = _cost(seen, self.q.shape[2], budget, stage)
+        cost, flat_cost = _cost(seen, self.q.shape[2], budget, stage, self.outer(budget))
         if sampled == 0:
             return Fidelity(self.topk, budget, stage, total, exact, 0, 1.0, 1.0, 1.0, 1.0, 1.0, cost, flat_cost)
         iou = (recall / (2 - recall)).sort().values

@@ -71,6 +71,8 @@ class Sizes(NamedTuple):
 BY_BLOCK, BY_ROW, ALL_KEPT = Sizes(), Sizes(queries=3), Sizes(block_topk=8)
 LONG = Sizes(queries=2, tokens=9000, heads=16, dim=32, topk=4500, block_topk=71, batch=1)
 WHOLE_TILES = Sizes(heads=64, dim=128, tokens=1024, batch=1)
+# More than the eight outer blocks that are kept with block_topk = 2.
+MANY_BLOCKS = Sizes(tokens=1500, block_topk=2)
 PLAIN = {"plain": True}
 # name -> (sizes, dtype, how): "everything" gives all optional tensors, "pooled" means of blocks, "ties" scores of 0;
 # "plain" keeps sm_90's kernel out, "config" patches the configuration; the rest are arguments of the operator.
@@ -94,6 +96,13 @@ CASES: dict[str, tuple[Sizes, torch.dtype, dict[str, Any]]] = {
         BY_BLOCK,
         torch.float32,
         {"coarse": "probe", "config": {"WORKSPACE_BYTES": 40_000, "FEW_ROWS": 1}},
+    ),
+    "pruned by two levels, bfloat16": (MANY_BLOCKS, torch.bfloat16, {"coarse": "two-level"}),
+    "pruned by two levels, float8, everything": (MANY_BLOCKS, FP8, {"everything": True, "coarse": "two-level"}),
+    "pruned by two levels, plain, blocks of 32, in chunks": (
+        MANY_BLOCKS._replace(block_size=32, block_topk=4, topk=60),
+        torch.float16,
+        {"coarse": "two-level", "config": {"WORKSPACE_BYTES": 100_000, "FEW_ROWS": 1}} | PLAIN,
     ),
     "pruned, by row, bfloat16, given means": (BY_ROW, torch.bfloat16, {"pooled": True}),
     "pruned, by row, float8, everything": (BY_ROW, FP8, {"everything": True, "mark_hidden": True}),

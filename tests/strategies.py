@@ -15,7 +15,7 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
-from hisa_compile.ops.coarse import COARSE_STAGES, PROBE
+from hisa_compile.ops.coarse import COARSE_STAGES, PROBE, size_of_means
 from hisa_compile.ops.reference import pooled_dtype
 
 FLOAT8 = torch.float8_e4m3fn
@@ -108,7 +108,7 @@ def with_means(call: Call, seed: int, layout: str = "contiguous") -> Call:
     """
     generator = torch.Generator().manual_seed(seed)
     batch, tokens, dim = call.k.shape
-    blocks = -(-tokens // call.options["block_size"])
+    blocks = -(-tokens // size_of_means(call.options.get("coarse"), call.options["block_size"]))
     means = integers(generator, -3, 3, batch, blocks, dim).float()
     means[integers(generator, 0, 15, batch, blocks) == 0] = float("nan")
     if call.options.get("coarse") == PROBE:
@@ -154,6 +154,7 @@ def calls(
     values: str = "integers",
     dtypes: tuple[torch.dtype, ...] = (torch.float32,),
     layouts: tuple[str, ...] = ("contiguous",),
+    min_tokens: int = 1,
     max_tokens: int = 80,
     max_queries: int = 5,
     max_dim: int = 8,
@@ -176,7 +177,7 @@ def calls(
     dtype = draw(st.sampled_from(dtypes))
     batch, queries = draw(st.integers(1, 3)), draw(st.integers(1, max_queries))
     many_heads = st.just(MANY_HEADS) if {None, PROBE} <= {*coarse} else st.nothing()
-    tokens, dim = draw(st.integers(1, max_tokens)), draw(st.integers(1, max_dim))
+    tokens, dim = draw(st.integers(min_tokens, max_tokens)), draw(st.integers(1, max_dim))
     heads = draw(st.integers(1, 4) | many_heads)
     block_size, block_topk = draw(st.integers(1, LARGEST_EXACT_BLOCK)), draw(st.integers(2, 6))
     topk = draw(st.integers(0, block_size * block_topk))

@@ -245,7 +245,9 @@ def test_a_wrong_argument_fails_where_it_is_written():
         hisa(block_size="64")
     with pytest.raises(TypeError, match="enabled: got 1"):
         hisa(enabled=1)
-    with pytest.raises(ValueError, match="hisa: coarse: got 'mean', expected None or one of 'paper', 'probe'"):
+    with pytest.raises(
+        ValueError, match="hisa: coarse: got 'mean', expected None or one of 'paper', 'probe', 'two-level'"
+    ):
         hisa(coarse="mean")
     with pytest.raises(TypeError, match=r"hisa: coarse: got 64 \(int\), expected None or one of"):
         hisa(coarse=64)

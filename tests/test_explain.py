@@ -152,17 +152,22 @@ def test_the_work_of_a_site_is_an_expression_in_the_context_length():
 
 @pytest.mark.parametrize("heads", [3, 16])
 def test_the_work_of_a_site_knows_the_coarse_stage(heads):
-    """The means of blocks, or two heads on each token; where none is asked for, the one that a call would choose."""
+    """Means of blocks, or two heads on each token, beyond 128 on those of outer blocks; or what a call chooses."""
     model, x = seeded(Indexer, heads), hidden_states(24)
     options = {"hisa.block_size": 8, "hisa.block_topk": 4}
     asked = {}
-    for stage in (None, "paper", "probe"):
+    for stage in (None, "paper", "probe", "two-level"):
         (site,) = explain(model, x, hisa_options={**options, "hisa.coarse": stage}).sites
         asked[stage] = [
             site.work_after.subs({symbol: tokens}) for symbol in site.work_after.free_symbols for tokens in LENGTHS
         ]
     assert asked["paper"] == [heads * 8 * (n if n <= 32 else -(-n // 8) + 32) for n in LENGTHS]
     assert asked["probe"] == [8 * (heads * n if n <= 32 else 2 * n + heads * 32) for n in LENGTHS]
+    levels = (heads * -(-n // 32) + 2 * 128 for n in LENGTHS)
+    assert asked["two-level"] == [
+        p if n <= 128 else 8 * (w + heads * 32) for n, p, w in zip(LENGTHS, asked["probe"], levels, strict=True)
+    ]
+    assert asked["two-level"] != asked["probe"]
     for number, n in enumerate(LENGTHS):
         assert asked[None][number] == asked[resolve_coarse(None, n, heads, Budget(8, 4), False)][number]
 

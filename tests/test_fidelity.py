@@ -24,7 +24,7 @@ from hisa_compile.ops.coarse import resolve_coarse
 # The package has the function under this name.
 MODULE = importlib.import_module("hisa_compile.fidelity")
 FIGURES = ("iou", "worst_iou", "recall", "score_share", "exact_share")
-STAGES = st.sampled_from((None, "paper", "probe"))
+STAGES = st.sampled_from((None, "paper", "probe", "two-level"))
 LARGEST = torch.finfo(torch.float32).max
 PAGE = Path(__file__).parent.parent / "docs" / "fidelity.md"
 
@@ -64,16 +64,23 @@ def by_query(call: Call) -> list[dict[str, Any]]:
         share = min(sum(map(positive, own.values())) / total, 1.0) if total else 1.0
         seen = sum(row)
         blocks = len({t // size for t, sees in enumerate(row) if sees})
-        pruned = call.topk > 0 and seen > call.topk and blocks > budget.block_topk
+        chooses = call.topk > 0 and seen > call.topk
+        scored: float = blocks if stage == "paper" else 2 * seen / heads
+        outer = size * max(1, min(4, 128 // size))
+        kept_outer = math.ceil(4 * budget.candidates / outer)
+        if stage == "two-level" and math.ceil(len(row) / outer) > kept_outer:
+            outers = len({t // outer for t, sees in enumerate(row) if sees})
+            scored = outers + 2 * min(seen, kept_outer * outer) / heads
+        pruned = chooses and blocks > budget.block_topk
         rows.append(
             {
                 "pruned": pruned,
-                "chooses": call.topk > 0 and seen > call.topk,
+                "chooses": chooses,
                 "recall": common / len(wanted) if wanted else 1.0,
                 "iou": common / (len(wanted) + len(own) - common) if wanted else 1.0,
                 "share": share,
                 "seen": seen,
-                "cost": (2 * seen / heads if stage == "probe" else blocks) + budget.candidates if pruned else seen,
+                "cost": scored + budget.candidates if chooses and blocks > budget.block_topk else seen,
             }
         )
     return rows
@@ -143,7 +150,7 @@ def test_every_figure_is_that_of_a_loop_over_the_queries(call: Call, stage: str 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("how", ["windows", "holes", "mask", "segments"])
-@pytest.mark.parametrize("stage", ["paper", "probe"])
+@pytest.mark.parametrize("stage", ["paper", "probe", "two-level"])
 def test_figures_of_gaussian_values(stage: str, how: str, seed: int, dtype: torch.dtype) -> None:
     """Sizes at which most queries are pruned, some are not, and no selection is all right or all wrong."""
     q, k, weights = (x.to(dtype) for x in smooth(queries=60, tokens=500, seed=seed))
@@ -227,9 +234,9 @@ def test_a_default_coarse_stage_is_the_operators(monkeypatch: pytest.MonkeyPatch
     assert not any(pooled for candidates, _, pooled in stages if candidates >= 640)
 
 
-@pytest.mark.parametrize("stage", ["paper", "probe"])
+@pytest.mark.parametrize("stage", ["paper", "probe", "two-level"])
 def test_a_coarse_stage_that_is_asked_for_is_measured(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every budget, whatever the operator would choose; keys are averaged for the paper's alone."""
+    """At every budget, whatever the operator would choose; keys are averaged for means alone, once for each size."""
     pooled: list[int] = []
 
     def pooling(keys: Tensor, block_size: int, **options: Any) -> Tensor:
@@ -240,7 +247,7 @@ def test_a_coarse_stage_that_is_asked_for_is_measured(stage: str, monkeypatch: p
     q, k, weights = make_values(torch.Generator().manual_seed(0), (2, 9, 640, 16, 8), torch.float32, "gaussian")
     result = recommend_budget(q, k, weights, 16, block_sizes=(4, 64), coarse=stage)
     assert {point.coarse for point in result.points} == {stage}
-    assert sorted(pooled) == ([4, 4, 64, 64] if stage == "paper" else [])
+    assert sorted(pooled) == {"paper": [4, 4, 64, 64], "probe": [], "two-level": [128, 128]}[stage]
     budget = {"block_size": 4, "block_topk": 24}
     flat = reference.flat_topk(q, k, weights, 16)[0].tolist()
     found = reference.indexer_topk(q, k, weights, 16, **budget, coarse=stage)[0].tolist()
@@ -540,7 +547,12 @@ def test_errors_are_the_operators(wrong: dict[str, Any]) -> None:
         (recommend_budget, {"queries": True}, TypeError, "queries: got True (bool), expected an integer >= 1"),
         (fidelity, {"topk": 8.0}, TypeError, "topk: got 8.0 (float), expected an integer >= 0"),
         (fidelity, {"block_size": "16"}, TypeError, "block_size: got '16' (str), expected a positive int or None"),
-        (fidelity, {"coarse": 1}, TypeError, "coarse: got 1 (int), expected None or one of 'paper', 'probe'"),
+        (
+            fidelity,
+            {"coarse": 1},
+            TypeError,
+            "coarse: got 1 (int), expected None or one of 'paper', 'probe', 'two-level'",
+        ),
         (recommend_budget, {"coarse": b"paper"}, TypeError, "coarse: got b'paper' (bytes), expected None or one of"),
         (recommend_budget, {"target_recall": 0.0}, ValueError, "target_recall: got 0.0, expected more than 0"),
         (recommend_budget, {"target_recall": 1.01}, ValueError, "target_recall: got 1.01, expected more than 0"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from hisa_compile import indexer_topk
 from hisa_compile.ops import reference
 from hisa_compile.ops.coarse import COARSE_STAGES
-from hisa_compile.ops.cpu import _rank
+from hisa_compile.ops.cpu_order import rank_of
 
 STAGES = pytest.mark.parametrize("coarse", COARSE_STAGES)
 
@@ -221,9 +221,9 @@ def test_hidden_tokens_stand_beside_visible_ones_of_score_minus_infinity(block_t
 def test_the_integer_rank_orders_scores_as_the_contract_does() -> None:
     """-0.0 ties with 0.0, NaN of either sign is above inf, and both ends of int32 stay free."""
     ascending = [float("-inf"), -1.5, -1e-45, 0.0, 1e-45, 1.5, float("inf"), float("nan")]
-    rank = _rank(torch.tensor(ascending))
+    rank = rank_of(torch.tensor(ascending))
     assert (rank.diff() > 0).all()
-    assert torch.equal(_rank(torch.tensor([-0.0, -float("nan")])), rank[[3, 7]])
+    assert torch.equal(rank_of(torch.tensor([-0.0, -float("nan")])), rank[[3, 7]])
     assert rank.min() > -(2**31)
     assert rank.max() < 2**31 - 1
 

@@ -296,7 +296,7 @@ def test_the_mean_of_a_block_with_no_visible_token_never_matters(how: str, value
 def test_no_block_is_ranked_where_every_block_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given means are no reason to run the coarse filter."""
     q, k, weights = make_values(torch.Generator().manual_seed(5), (2, 6, 33, 3, 8), torch.float32, "gaussian")
-    monkeypatch.setattr(cpu, "_kept_blocks", lambda *_: pytest.fail("blocks were ranked"))
+    monkeypatch.setattr(cpu, "kept_blocks", lambda *_: pytest.fail("blocks were ranked"))
     indexer_topk(q, k[:, :32], weights, 20, block_size=8, block_topk=4, k_pooled=pool_keys(k[:, :32], 8))
     with pytest.raises(pytest.fail.Exception, match="ranked"):
         indexer_topk(q, k, weights, 20, block_size=8, block_topk=4, k_pooled=pool_keys(k, 8))

@@ -453,5 +453,5 @@ def test_an_exported_program_names_the_stage(coarse: str | None) -> None:
 
 def test_a_stage_that_there_is_not_is_reported_through_torch_compile() -> None:
     """In the words of the eager call; test_operator_errors has those."""
-    with pytest.raises(Exception, match=r"coarse: got 'means', expected None or one of 'paper', 'probe'"):
+    with pytest.raises(Exception, match=r"coarse: got 'means', expected None or one of 'paper', 'probe', 'two-level'"):
         torch.compile(Module("means"), backend="eager", fullgraph=True)(*inputs_of(40))

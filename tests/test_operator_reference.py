@@ -115,23 +115,38 @@ def select_for_one_query(call: Call, batch: int, query: int) -> tuple[list[int],
     factors = options["k_weight"][batch].tolist() if "k_weight" in options else [1.0] * tokens
     heads, weights = call.q[batch, query].double().tolist(), call.weights[batch, query].double().tolist()
 
-    size = options["block_size"]
-    blocks = [range(first, min(first + size, tokens)) for first in range(0, tokens, size)]
-    eligible = [b for b, block in enumerate(blocks) if any(visible[t] for t in block)]
-    if stage_of(call) == "probe":
-        probed = probe_of_tokens(heads, weights, plain, scales, factors, call.q.dtype)
-        worths = probe_of_blocks(probed, visible, size, call.topk)
-    else:
+    size, block_topk = options["block_size"], options["block_topk"]
+    eligible = sorted({t // size for t in range(tokens) if visible[t]})
+
+    def by_means(size: int, eligible: list[int]) -> dict[int, float]:
         worths = {}
         for b in eligible:
-            held = [[abs(factors[t]) * x for x in keys[t]] for t in blocks[b] if valid[t]]
+            block = range(b * size, min((b + 1) * size, tokens))
+            held = [[abs(factors[t]) * x for x in keys[t]] for t in block if valid[t]]
             mean = [sum(column) / len(held) for column in zip(*held, strict=True)]
             if "k_pooled" in options:
                 mean = options["k_pooled"][batch, b].double().tolist()
             worths[b] = score(heads, weights, mean)
-    ends = {eligible[0], eligible[-1]} if eligible else set()
-    inner = by_score({b: s for b, s in worths.items() if b not in ends})
-    kept = ends | set(inner[: options["block_topk"] - len(ends)])
+        return worths
+
+    def kept_of(worths: dict[int, float], eligible: list[int], most: int) -> set[int]:
+        ends = {eligible[0], eligible[-1]} if eligible else set()
+        inner = by_score({b: worths[b] for b in eligible if b not in ends})
+        return ends | set(inner[: most - len(ends)])
+
+    if stage_of(call) == "two-level":
+        outer = size * max(1, min(4, 128 // size))
+        most = max(2, math.ceil(4 * block_topk * size / outer))
+        if math.ceil(tokens / outer) > most:
+            outers = sorted({b * size // outer for b in eligible})
+            kept_outers = kept_of(by_means(outer, outers), outers, most)
+            eligible = [b for b in eligible if b * size // outer in kept_outers]
+    if stage_of(call) == "paper":
+        worths = by_means(size, eligible)
+    else:
+        probed = probe_of_tokens(heads, weights, plain, scales, factors, call.q.dtype)
+        worths = probe_of_blocks(probed, visible, size, call.topk)
+    kept = kept_of(worths, eligible, block_topk)
 
     own = {t: factors[t] * score(heads, weights, keys[t]) for t in range(tokens)}
     candidates = [t for t in range(tokens) if visible[t] and t // size in kept]

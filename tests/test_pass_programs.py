@@ -39,7 +39,7 @@ def budgets(program: Program) -> st.SearchStrategy[PassSettings]:
             PassSettings,
             block_size=st.just(size),
             block_topk=st.integers(max(2, -(-program.topk // size)), 12),
-            coarse=st.sampled_from((None, "paper", "probe")),
+            coarse=st.sampled_from((None, "paper", "probe", "two-level")),
         )
     )
 

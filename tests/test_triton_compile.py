@@ -166,11 +166,14 @@ def test_every_kernel_compiles_with_all_optional_tensors_and_awkward_sizes(
 
 PROBE = {"two_heads_kernel", "probe_sample_kernel", "threshold_kernel"}
 PROBE |= {"probe_blocks_kernel", "probe_blocks_hopper_kernel"}
+# What differs with two levels.
+LEVELS = {"coarse_kernel", "coarse_hopper_kernel", "select_blocks_kernel", "list_outer_kernel"}
+LEVELS |= {"probe_blocks_kernel", "probe_blocks_hopper_kernel"}
 
 
-def check_probe(launches: list[Recorded], arch: str) -> set[str]:
-    of_probe = [recorded for recorded in launches if recorded[0].__name__ in PROBE]
-    assert len(of_probe) == 4
+def check_probe(launches: list[Recorded], arch: str, names: set[str] = PROBE, count: int = 4) -> set[str]:
+    of_probe = [recorded for recorded in launches if recorded[0].__name__ in names]
+    assert len(of_probe) == count
     check(of_probe, arch)
     return {kernel.__name__ for kernel, *_ in of_probe}
 
@@ -193,6 +196,34 @@ def test_the_probe_compiles_with_all_optional_tensors_and_awkward_sizes(
     awkward: dict[str, Any] = {"heads": 5, "everything": True, "coarse": "probe", "topk": 300}
     check_probe(record(monkeypatch, dtype, "sm_90", dim=200, budget=Budget(13, 30), **awkward), "sm_120")
     check_probe(record(monkeypatch, dtype, "sm_90", dim=24, budget=Budget(300, 4), **awkward), "sm_120")
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_levels_compile(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, arch: str) -> None:
+    """With flags and lists of outer blocks, that are blocks and that hold four; the outer selection lists no pairs."""
+    for size, names_of, count in ((128, LEVELS, 5), (32, LEVELS - {"coarse_kernel", "select_blocks_kernel"}, 2)):
+        sizes: dict[str, Any] = {"queries": 1024, "tokens": 65536, "budget": Budget(size, 8192 // size)}
+        launches = record(monkeypatch, dtype, arch, coarse="two-level", **sizes)
+        names = check_probe(launches, arch, names_of, count)
+        on_hopper = arch == "sm_90" and dtype != torch.float32 and size == 128
+        assert ("probe_blocks_hopper_kernel" in names) == on_hopper
+        assert ("coarse_hopper_kernel" in names) == on_hopper
+        outer, inner = (args for kernel, _, args in launches if kernel.__name__ == "select_blocks_kernel")
+        assert (outer["BLOCK_SIZE"], outer["block_topk"], outer["M"]) == (128, 256, 512)
+        assert (outer["kept_ptr"], outer["counts_ptr"], outer["rank_ptr"]) == (None, None, None)
+        assert (inner["BLOCK_SIZE"], inner["block_topk"], inner["M"]) == (size, 8192 // size, 65536 // size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_levels_compile_with_all_optional_tensors_and_awkward_sizes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Outer blocks that are no whole number of tiles, a D of several parts, blocks of one token."""
+    awkward: dict[str, Any] = {"heads": 5, "everything": True, "coarse": "two-level", "topk": 300, "tokens": 60000}
+    check_probe(record(monkeypatch, dtype, "sm_90", dim=200, budget=Budget(13, 30), **awkward), "sm_120", LEVELS, 5)
+    check_probe(record(monkeypatch, dtype, "sm_90", dim=24, budget=Budget(300, 4), **awkward), "sm_120", LEVELS, 5)
+    check_probe(record(monkeypatch, dtype, "sm_90", dim=24, budget=Budget(1, 300), **awkward), "sm_120", LEVELS, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -36,6 +36,7 @@ from triton_cases import (
 )
 
 from hisa_compile.ops import Budget, Visibility
+from hisa_compile.ops.coarse import outer_size
 from hisa_compile.ops.triton import config, gpu, launch
 from hisa_compile.ops.triton.refine_hopper import refine_by_block_hopper_kernel
 
@@ -145,7 +146,7 @@ def test_every_block_kept_is_a_topk_of_all_tokens(dtype: torch.dtype) -> None:
         assert not surely.any()
 
 
-@pytest.mark.parametrize("coarse", ["paper", "probe"])
+@pytest.mark.parametrize("coarse", ["paper", "probe", "two-level"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
 def test_peak_memory_at_a_real_size(dtype: torch.dtype, coarse: str) -> None:
     """Below 64 MiB besides inputs and outputs; one chunk of rows and many."""
@@ -213,6 +214,32 @@ def test_the_probe_with_real_tiles(dtype: torch.dtype, block_size: int, block_to
     hopper = "probe_blocks_hopper_kernel" in {kernel.__name__ for kernel in kernels}
     expected = gpu.is_hopper(case["q"]) and dtype != torch.float32 and block_size % 64 == 0 and not holes
     assert hopper == expected
+
+
+@pytest.mark.parametrize("holes", [False, True], ids=["windows", "holes"])
+@pytest.mark.parametrize(("block_size", "block_topk"), [(32, 9), (64, 5), (128, 3), (192, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, FP8], ids=str)
+def test_two_levels_with_real_tiles(dtype: torch.dtype, block_size: int, block_topk: int, holes: bool) -> None:
+    """Bit for bit, with and without the versions for sm_90; given means, small integers, of outer blocks."""
+    batch, queries, tokens = 2, 100, 4096
+    budget = {"topk": 100, "block_size": 32, "block_topk": block_topk}
+    case = whole_case(queries, tokens, 64, 128, dtype, batch, **budget)
+    row = torch.arange(batch * queries, dtype=torch.int32, device=DEVICE).view(batch, queries)
+    case |= {"window_start": 5 * row - 9, "window_end": tokens - 1 - 3 * row}
+    case |= {"block_size": block_size, "coarse": "two-level"}
+    size = outer_size(block_size)
+    means = torch.randint(-3, 4, (batch, -(-tokens // size), 128), generator=torch.Generator().manual_seed(1))
+    case["k_pooled"] = means.to(torch.bfloat16 if dtype == FP8 else dtype).to(DEVICE)
+    token = torch.arange(tokens, device=DEVICE).expand(batch, -1)
+    if holes:
+        case["key_valid"] = token % 2 == 0
+        case["k_weight"] = torch.tensor([1.0, -2.0, 0.5], device=DEVICE)[token // 2 % 3]
+    with launched() as kernels:
+        check(case)
+    names = {kernel.__name__ for kernel in kernels}
+    assert "list_outer_kernel" in names
+    expected = gpu.is_hopper(case["q"]) and dtype != torch.float32 and block_size % 64 == 0 and not holes
+    assert ("probe_blocks_hopper_kernel" in names) == expected
 
 
 def test_repeats_are_bitwise_equal() -> None:

@@ -10,6 +10,9 @@ weight and those of negative,
 
 and a block is worth what its tokens have above a threshold, the score of the token 1.5 topk from the top.
 ``reference.probe_block_scores`` has the definition, docs/fidelity.md what each costs and finds.
+
+"two-level" is the one inside the other: means choose outer blocks of up to 128 tokens, with LEVEL_RATIO times as many
+tokens as are kept in the end, and the probe ranks the blocks inside these, see :func:`outer_budget`.
 """
 
 from __future__ import annotations
@@ -19,8 +22,12 @@ from typing import NamedTuple
 
 from .budget import Budget
 
-PAPER, PROBE = "paper", "probe"
-COARSE_STAGES = (PAPER, PROBE)
+PAPER, PROBE, TWO_LEVEL = "paper", "probe", "two-level"
+COARSE_STAGES = (PAPER, PROBE, TWO_LEVEL)
+# Tokens of an outer block, or less: blocks that are not smaller are outer blocks themselves.
+OUTER_TOKENS = 128
+# Tokens in kept outer blocks for each one in kept blocks.
+LEVEL_RATIO = 4
 # So many tokens of the sample, or a few more, are among the topk best ones, and half as many again above the threshold.
 _RANK = 16
 # What one program of a GPU selects among.
@@ -61,6 +68,33 @@ def check_coarse(coarse: object, prefix: str = "") -> None:
 def longest_probed(heads: int, budget: Budget) -> int:
     """The most tokens T that the probe is the default for: its products, 2 T, are PROBE_SHARE of the refinement's."""
     return math.floor(PROBE_SHARE * heads * budget.candidates / 2)
+
+
+def outer_size(block_size: int) -> int:
+    """Tokens of an outer block, O = B * max(1, min(4, 128 // B)): whole blocks, no more of them than LEVEL_RATIO."""
+    return block_size * max(1, min(LEVEL_RATIO, OUTER_TOKENS // block_size))
+
+
+def outer_budget(budget: Budget) -> Budget:
+    """The outer blocks of "two-level": their size O, and ceil(4 m B / O) that are kept.
+
+    These are m at least, so that whenever no more than m blocks hold a visible token all of them are kept.
+    """
+    size = outer_size(budget.block_size)
+    return Budget(size, -(-LEVEL_RATIO * budget.candidates // size))
+
+
+def outer_of(coarse: str | None, tokens: int, budget: Budget) -> Budget | None:
+    """The outer blocks of a call whose stage is resolved; None where there are none, or all of them are kept."""
+    if coarse != TWO_LEVEL:
+        return None
+    outer = outer_budget(budget)
+    return outer if -(-tokens // outer.block_size) > outer.block_topk else None
+
+
+def size_of_means(coarse: str | None, block_size: int) -> int:
+    """Tokens of the blocks whose means a stage ranks by: those that ``k_pooled`` holds."""
+    return outer_size(block_size) if coarse == TWO_LEVEL else block_size
 
 
 def resolve_coarse(coarse: str | None, tokens: int, heads: int, budget: Budget, pooled: bool) -> str:

@@ -14,18 +14,24 @@ Half-precision and float8 keys are cast up tile by tile, and ``k_scale`` multipl
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .budget import Budget
-from .coarse import PAPER, PROBE, sample_of
+from .coarse import PAPER, Sample, outer_of, sample_of
+from .cpu_order import INT32_MIN, float32_products, kept_blocks, rank_of, sort_by_score, unique_rank
 from .cpu_rows import Rows, segment_bounds
-from .reference import in_own_units, pooled_dtype, probe_block_scores
+from .reference import (
+    in_own_units,
+    pooled_dtype,
+    probe_block_scores,
+    probe_limits,
+    probe_worths,
+    sample_positions,
+)
 from .visibility import Visibility
 
 # Rows whose products are one operation.  More would spread better over many threads, but a single query,
@@ -35,32 +41,6 @@ GROUP = 8
 TILE_ELEMENTS = 1 << 18
 # Candidates (rows x columns) that are selected from at once, with about 48 bytes for each: 6 MiB.
 CHUNK_ELEMENTS = 1 << 17
-
-_INT32_MIN = -(1 << 31)
-_INT32_MAX = (1 << 31) - 1
-_LOW_BITS = (1 << 32) - 1
-
-_precision_lock = threading.Lock()
-
-
-@contextmanager
-def _float32_products() -> Iterator[None]:
-    """Products in full float32 although the process may allow less (``set_float32_matmul_precision``)."""
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
-    if setting.fp32_precision not in ("bf16", "tf32"):
-        yield
-        return
-    # The setting is the process's, so calls from two threads must not restore each other's value.
-    with _precision_lock:
-        before = setting.fp32_precision
-        setting.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            # "none" follows the wider settings; what was read may have come from them.
-            setting.fp32_precision = "none"
-            if setting.fp32_precision != before:
-                setting.fp32_precision = before
 
 
 def _aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
@@ -165,7 +145,9 @@ class _Scorer:
                 if self.k_scale is not None:
                     products *= self.k_scale[group.batches[:, None], at][..., None]
                 out = scores[rows, first : first + size]
-                torch.sum(products.relu_().mul_(group.weights), -1, out=out)
+                if self.relu:
+                    products.relu_()
+                torch.sum(products.mul_(group.weights), -1, out=out)
                 if self.k_weight is not None:
                     out *= self.k_weight[group.batches[:, None], at]
         return scores[: len(counts), : positions.shape[1]]
@@ -219,18 +201,6 @@ class _Group(NamedTuple):
     only_batch: int | None
 
 
-def _rank(scores: Tensor) -> Tensor:
-    """int32 of the same order as the scores: equal for equal scores, NaN above all, free at both ends."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
-    rank = bits ^ ((bits >> 31) & _INT32_MAX)
-    return rank.masked_fill_(scores.isnan(), _INT32_MAX - 1)
-
-
-def _unique_rank(rank: Tensor, positions: Tensor) -> Tensor:
-    """int64 that orders by ``rank``, then by ascending position; no two are equal, so there are no ties."""
-    return (rank.long() << 32) | (_LOW_BITS - positions)
-
-
 def pool_keys_cpu(
     k: Tensor, block_size: int, key_valid: Tensor | None, k_scale: Tensor | None, k_weight: Tensor | None
 ) -> Tensor:
@@ -274,19 +244,67 @@ class _Probe:
         self.k_scale = k_scale
         self.k_weight = k_weight
 
-    def all_tokens(self, rows: Rows) -> Tensor:
-        """[R, T]; outside a row's window anything."""
+    def load(self, rows: Rows) -> None:
+        """Make ``rows`` the chunk that the methods below are about."""
+        self.batch = rows.batch
         for scorer in (self.plus, self.minus):
             scorer.load(rows)
+
+    def all_tokens(self, rows: Rows) -> Tensor:
+        """[R, T]; outside a row's window anything."""
         spans = rows.spans()
         x, y = self.plus.all_tokens(spans), self.minus.all_tokens(spans)
-        along, across = x - y, x.abs_() - y.abs_()
-        if self.k_scale is None:
-            probed = along.add_(across).mul_(0.5)
-        else:
-            scale = self.k_scale[rows.batch]
-            probed = along.add_(across.mul_(torch.where(scale < 0, -1.0, 1.0))).mul_(scale.div_(2))
-        return probed if self.k_weight is None else probed.mul_(self.k_weight[rows.batch])
+        scale, factor = (None if of is None else of[self.batch] for of in (self.k_scale, self.k_weight))
+        return _difference_of_relus(x, y, scale, factor)
+
+    def at(self, positions: Tensor, counts: list[int]) -> Tensor:
+        """At ``positions`` [R, N], as [R, N]; past a row's ``counts`` anything."""
+        x, y = self.plus.keys_at(None, positions, counts), self.minus.keys_at(None, positions, counts)
+        batch = self.batch[:, None]
+        scale, factor = (None if of is None else of[batch, positions] for of in (self.k_scale, self.k_weight))
+        return _difference_of_relus(x, y, scale, factor)
+
+
+def _difference_of_relus(x: Tensor, y: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
+    """``factor`` * (ReLU(scale x) - ReLU(scale y)), in the memory of x, y and scale."""
+    along, across = x - y, x.abs_() - y.abs_()
+    if scale is None:
+        probed = along.add_(across).mul_(0.5)
+    else:
+        probed = along.add_(across.mul_(torch.where(scale < 0, -1.0, 1.0))).mul_(scale.div_(2))
+    return probed if factor is None else probed.mul_(factor)
+
+
+class _TwoLevel(NamedTuple):
+    """The stage "two-level": means [B, M, D] of outer blocks, the probe inside the kept ones."""
+
+    outer: Budget
+    means: Tensor
+    bounds: tuple[Tensor, Tensor] | None
+    probe: _Probe
+    sample: Sample
+
+    def scores(self, scorer: _Scorer, rows: Rows, block_size: int, blocks: int) -> tuple[Tensor, Tensor]:
+        """Scores of all blocks and whether they are eligible, both [R, blocks]; none is outside kept outer blocks."""
+        size, outers = self.outer.block_size, self.means.shape[1]
+        outer_scores = scorer.all_keys(self.means, rows.spans(size))
+        eligible = rows.sees_in_blocks(size, outers, self.bounds, CHUNK_ELEMENTS // 4)
+        kept, count = kept_blocks(outer_scores, eligible, self.outer.block_topk)
+
+        def probed(positions: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+            return self.probe.at(positions.clamp_max(rows.tokens - 1), counts), rows.sees(positions)
+
+        some = sample_positions(self.sample, rows.tokens, kept.device).expand(kept.shape[0], -1)
+        limits = probe_limits(*probed(some, [some.shape[1]] * some.shape[0]), self.sample.rank)
+        tokens = (kept[..., None] * size + torch.arange(size, device=kept.device)).flatten(1)
+        inside = (-1, block_size)
+        found, seen = (x.unflatten(1, inside) for x in probed(tokens, (count * size).tolist()))
+        number = tokens[:, ::block_size] // block_size
+        # Past a row's kept outer blocks numbers are those of one more, which is none.
+        shape = (kept.shape[0], (outers + 1) * (size // block_size))
+        block_scores = found.new_full(shape, float("-inf")).scatter_(1, number, probe_worths(found, seen, *limits))
+        eligible = seen.new_zeros(shape).scatter_(1, number, seen.any(-1))
+        return block_scores[:, :blocks], eligible[:, :blocks]
 
 
 def _probe_queries(q: Tensor, weights: Tensor) -> Tensor:
@@ -298,28 +316,6 @@ def _probe_queries(q: Tensor, weights: Tensor) -> Tensor:
         heads[:, :, 0] += head * signed[:, :, h, None].relu()
         heads[:, :, 1] += head * (-signed[:, :, h, None]).relu()
     return in_own_units(heads, q.dtype)
-
-
-def _kept_blocks(block_scores: Tensor, eligible: Tensor, block_topk: int) -> tuple[Tensor, Tensor]:
-    """The coarse filter: the kept blocks [R, m] in ascending order, and their number [R].
-
-    A row that keeps fewer has the number of all blocks, which is no block, in its last slots.
-    """
-    blocks = eligible.shape[1]
-    rank = _rank(block_scores).masked_fill_(~eligible, _INT32_MIN)
-    number = torch.arange(blocks, device=eligible.device)
-    first = torch.where(eligible, number, blocks).amin(-1, keepdim=True)
-    last = torch.where(eligible, number, -1).amax(-1, keepdim=True)
-    rank.masked_fill_((number == first) | (number == last), _INT32_MAX)
-    best = _unique_rank(rank, number).topk(block_topk).indices
-    count = eligible.sum(-1).clamp_max_(block_topk)
-    best = best.masked_fill(number[:block_topk] >= count[:, None], blocks)
-    return best.sort(-1).values, count
-
-
-def _sort_by_score(positions: Tensor, scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    order = _unique_rank(_rank(scores), positions).sort(-1, descending=True).indices
-    return positions.gather(-1, order), scores.gather(-1, order), visible.gather(-1, order)
 
 
 def _fill_up(
@@ -379,29 +375,38 @@ def indexer_topk_cpu(
     if indices.numel() == 0:
         return indices, scores
     blocks = -(-tokens // budget.block_size)
-    means = bounds = probe = None
+    means = bounds = probe = levels = None
     columns = tokens
-    if blocks > budget.block_topk and coarse == PROBE:
+    outer = outer_of(coarse, tokens, budget)
+    if blocks > budget.block_topk and coarse != PAPER:
         probe = _Probe(q, k, weights, k_scale, k_weight)
         sample = sample_of(tokens, topk)
         columns += budget.candidates
-    elif blocks > budget.block_topk:
-        means = k_pooled
+    if blocks > budget.block_topk and (probe is None or outer is not None):
+        means, size = k_pooled, budget.block_size if outer is None else outer.block_size
         if means is None:
-            means = pool_keys_cpu(k, budget.block_size, visibility.key_valid, k_scale, k_weight)
+            means = pool_keys_cpu(k, size, visibility.key_valid, k_scale, k_weight)
         if visibility.k_segment is not None and visibility.mask is None:
-            bounds = segment_bounds(visibility.k_segment, budget.block_size, visibility.key_valid)
+            bounds = segment_bounds(visibility.k_segment, size, visibility.key_valid)
         # A token's visibility is a byte or two, a small part of what a candidate takes.
         by_token = visibility.mask is not None or (visibility.key_valid is not None and bounds is None)
         columns = budget.candidates + blocks + (tokens // 16 if by_token else 0)
+        if outer is not None and probe is not None:
+            levels = _TwoLevel(outer, means, bounds, probe, sample)
+            columns += outer.candidates + sample.size
     chunk = max(1, CHUNK_ELEMENTS // (columns * GROUP)) * GROUP
     scorer = _Scorer(q, k, weights, k_scale, k_weight)
-    with _float32_products():
+    with float32_products():
         for first in range(0, batch * queries, chunk):
             last = min(first + chunk, batch * queries)
             rows = Rows(torch.arange(first, last, device=q.device), q, tokens, visibility)
             scorer.load(rows)
             if probe is not None:
+                probe.load(rows)
+            if levels is not None:
+                block_scores, eligible = levels.scores(scorer, rows, budget.block_size, blocks)
+                found = _refined(scorer, rows, width, block_scores, eligible, budget)
+            elif probe is not None:
                 seen = rows.sees_all()
                 block_scores = probe_block_scores(probe.all_tokens(rows), seen, budget.block_size, sample)
                 in_blocks = torch.nn.functional.pad(seen, (0, blocks * budget.block_size - tokens))
@@ -429,7 +434,7 @@ def _flat(scorer: _Scorer, rows: Rows, width: int) -> tuple[Tensor, Tensor, Tens
     found = _best(scores, rows.sees_all(), torch.arange(rows.tokens, device=scores.device).expand(scores.shape), width)
     # Hidden tokens are the last choice, but in the result they stand beside visible ones of score -inf.
     for short in _short_rows(found[2], scores.shape[0]):
-        _replace(found, short, _sort_by_score(*(x[short] for x in found)))
+        _replace(found, short, sort_by_score(*(x[short] for x in found)))
     return found
 
 
@@ -439,7 +444,7 @@ def _refined(
     """The best tokens of the best eligible blocks: positions, scores, and whether visible, each [R, k']."""
     block_size, block_topk = budget
     blocks = eligible.shape[1]
-    kept, count = _kept_blocks(block_scores, eligible, block_topk)
+    kept, count = kept_blocks(block_scores, eligible, block_topk)
     positions = (kept[..., None] * block_size + torch.arange(block_size, device=kept.device)).flatten(1)
     readable = positions.clamp_max(rows.tokens - 1)
     scores = scorer.keys_at(None, readable, (count * block_size).tolist())
@@ -449,7 +454,7 @@ def _refined(
         in_kept = short.new_zeros((short.shape[0], blocks + 1), dtype=torch.bool).scatter_(1, kept[short], True)
         in_kept = in_kept[:, :blocks].repeat_interleave(block_size, 1)[:, : rows.tokens]
         _fill_up(scorer, rows[short], short, in_kept, *part)
-        _replace(found, short, _sort_by_score(*part))
+        _replace(found, short, sort_by_score(*part))
     return found
 
 
@@ -474,7 +479,7 @@ def _best(scores: Tensor, visible: Tensor, positions: Tensor, width: int) -> tup
     at_once = max(1, CHUNK_ELEMENTS // scores.shape[1])
     best = torch.cat(
         [
-            _unique_rank(_rank(some_scores).masked_fill_(~some_visible, _INT32_MIN), columns).topk(width).indices
+            unique_rank(rank_of(some_scores).masked_fill_(~some_visible, INT32_MIN), columns).topk(width).indices
             for some_scores, some_visible in zip(scores.split(at_once), visible.split(at_once), strict=True)
         ]
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .budget import resolve_budget
-from .coarse import JITTER, PAPER, Sample, resolve_coarse, sample_of
+from .coarse import JITTER, PAPER, Sample, outer_of, resolve_coarse, sample_of
 from .visibility import Visibility
 
 
@@ -147,26 +147,39 @@ def probe_block_scores(probed: Tensor, visible: Tensor, block_size: int, sample:
     2^127, the best one alone counts.
     """
     tokens = probed.shape[-1]
-    number = torch.arange(sample.size, device=probed.device)
+    at = sample_positions(sample, tokens, probed.device)
+    limits = probe_limits(probed[..., at], visible[..., at], sample.rank)
+    blocks = (-(-tokens // block_size), block_size)
+    probed, visible = (torch.nn.functional.pad(x, (0, -tokens % block_size)) for x in (probed, visible))
+    return probe_worths(probed.unflatten(-1, blocks), visible.unflatten(-1, blocks), *limits)
+
+
+def sample_positions(sample: Sample, tokens: int, device: torch.device) -> Tensor:
+    """Where the sample's tokens are, ascending."""
+    number = torch.arange(sample.size, device=device)
     at = number * sample.stride + number * JITTER % sample.stride
-    at = at[at < tokens]
-    told = visible[..., at] & ~probed[..., at].isnan()
-    some = probed[..., at].masked_fill(~told, float("-inf")).sort(-1, descending=True).values
+    return at[at < tokens]
+
+
+def probe_limits(probed: Tensor, visible: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Threshold and cap, both [..., 1], from the sample's probed scores [..., N]."""
+    told = visible & ~probed.isnan()
+    some = probed.masked_fill(~told, float("-inf")).sort(-1, descending=True).values
     found = told.sum(-1, keepdim=True)
-    rank = found.clamp(1, sample.rank)
-    threshold = torch.where(found > 0, some.gather(-1, rank - 1), 0.0)
-    cap = torch.where(found > 0, some.gather(-1, (rank + 1) // 2 - 1) - threshold, 0.0)
+    ranks = found.clamp(1, rank)
+    threshold = torch.where(found > 0, some.gather(-1, ranks - 1), 0.0)
+    cap = torch.where(found > 0, some.gather(-1, (ranks + 1) // 2 - 1) - threshold, 0.0)
     a_number = (cap >= torch.finfo(cap.dtype).tiny) & (cap < 2.0**127)
-    cap = torch.where(a_number, torch.ldexp(torch.ones_like(cap), torch.frexp(cap).exponent - 1), 0.0)
+    return threshold, torch.where(a_number, torch.ldexp(torch.ones_like(cap), torch.frexp(cap).exponent - 1), 0.0)
 
-    def in_blocks(x: Tensor, padding: float) -> Tensor:
-        padded = torch.nn.functional.pad(x, (0, -tokens % block_size), value=padding)
-        return padded.view(*padded.shape[:-1], -(-tokens // block_size), block_size)
 
-    best = in_blocks(torch.where(visible, probed, float("-inf")), float("-inf")).amax(-1) - threshold
-    above = in_blocks(torch.where(visible & (probed > threshold), probed - threshold, 0.0), 0.0)
+def probe_worths(probed: Tensor, visible: Tensor, threshold: Tensor, cap: Tensor) -> Tensor:
+    """What blocks are worth, [..., M], from their tokens' probed scores [..., M, block_size]."""
+    best = torch.where(visible, probed, float("-inf")).amax(-1) - threshold
+    offset = probed - threshold[..., None]
+    above = torch.where(visible & (probed > threshold[..., None]), offset, 0.0)
     worth = torch.where(best > 0, above.minimum(cap[..., None]).sum(-1) + best / 2, best)
-    return torch.where(in_blocks(visible, False).any(-1), worth, float("-inf"))
+    return torch.where(visible.any(-1), worth, float("-inf"))
 
 
 def kept_blocks(block_scores: Tensor, eligible: Tensor, block_topk: int) -> Tensor:
@@ -239,10 +252,16 @@ def indexer_topk(
     eligible = in_blocks.any(-1)
     if blocks <= budget.block_topk:
         kept = eligible
-    elif resolve_coarse(coarse, tokens, q.shape[2], budget, k_pooled is not None) == PAPER:
+    elif (stage := resolve_coarse(coarse, tokens, q.shape[2], budget, k_pooled is not None)) == PAPER:
         means = block_means(k, budget.block_size, key_valid, k_scale, k_weight) if k_pooled is None else k_pooled
         kept = kept_blocks(indexer_scores(q, means, weights), eligible, budget.block_topk)
     else:
+        if outer := outer_of(stage, tokens, budget):
+            means = block_means(k, outer.block_size, key_valid, k_scale, k_weight) if k_pooled is None else k_pooled
+            inside = outer.block_size // budget.block_size
+            parts = torch.nn.functional.pad(eligible, (0, -blocks % inside)).unflatten(-1, (-1, inside))
+            kept_outer = kept_blocks(indexer_scores(q, means, weights), parts.any(-1), outer.block_topk)
+            eligible = (parts & kept_outer[..., None]).flatten(-2)[..., :blocks]
         probed = probe_scores(q, k, weights, k_scale, k_weight)
         block_scores = probe_block_scores(probed, visible, budget.block_size, sample_of(tokens, max(1, topk)))
         kept = kept_blocks(block_scores, eligible, budget.block_topk)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .budget import check_block_size, resolve_budget
-from .coarse import resolve_coarse
+from .coarse import resolve_coarse, size_of_means
 from .reference import pooled_dtype
 from .validate import check_arguments, check_pool_arguments, check_pooled, check_stage
 from .visibility import Visibility
@@ -68,7 +68,7 @@ def run(
     check_stage(coarse, k_pooled)
     budget = resolve_budget(topk, block_size, block_topk)
     if k_pooled is not None:
-        check_pooled(k_pooled, k, budget.block_size)
+        check_pooled(k_pooled, k, size_of_means(coarse, budget.block_size))
     stage = resolve_coarse(coarse, k.shape[1], q.shape[2], budget, k_pooled is not None)
     # Imported at the first call: neither Triton nor the CPU path is needed to trace or to rewrite a graph.
     if q.device.type == "cpu":
@@ -111,7 +111,7 @@ def meta(
     if isinstance(topk, int):
         block_size = resolve_budget(topk, block_size, block_topk).block_size
     if k_pooled is not None:
-        check_pooled(k_pooled, k, block_size)
+        check_pooled(k_pooled, k, None if block_size is None else size_of_means(coarse, block_size))
     tokens = k.shape[1]
     # A plain number where it is known to be one, so that a rewritten graph's shapes stay as they were.
     width = topk if statically_known_true(topk <= tokens) else torch.sym_min(topk, tokens)
@@ -227,15 +227,18 @@ def indexer_topk(
             may have any values in any order.
         k_weight: float32 [B, T] of any sign, multiplies the token's score (dequantisation after the ReLU).
         k_pooled: [B, M, D], M = ceil(T / B) for the budget's B, the blocks' means as :func:`pool_keys` gives them, in
-            k's dtype, bfloat16 for float8.  Any strides.  Blocks are then ranked by these, and the keys are not
-            averaged, which reads all T of them.  Whether they are the keys' means is the caller's affair: others,
-            older ones say, change which blocks are kept and nothing else.  The mean of a block with no visible token
-            never matters.  Where T <= m * B all blocks are kept, and the means are checked but not read.
+            k's dtype, bfloat16 for float8.  Any strides.  With "two-level" those of its outer blocks, M = ceil(T / O).
+            Blocks are then ranked by these, and the keys are not averaged, which reads all T of them.  Whether they
+            are the keys' means is the caller's affair: others, older ones say, change which blocks are kept and nothing
+            else.  The mean of a block with no visible token never matters.  Where T <= m * B all blocks are kept, and
+            the means are checked but not read.
         coarse: "paper" ranks blocks by the sum above on the mean of |k_weight| * k_scale * k over their valid keys.
             "probe" ranks them by what their visible tokens' scores with two heads, which add up those of positive and
             those of negative weight, have above a threshold, which finds more of the flat selection
-            (docs/fidelity.md).  None: "paper" with k_pooled, and where the probe, 2 T / H products a query, would take
-            more than a quarter as many as the refinement, m * B; else "probe".
+            (docs/fidelity.md).  "two-level" ranks outer blocks of O = B * max(1, min(4, 128 // B)) tokens by their
+            means, keeps ceil(4 * m * B / O) of them, and ranks the blocks inside these as "probe" does, which costs
+            less for many tokens.  None: "paper" with k_pooled, and where the probe, 2 T / H products a query, would take more than a
+            quarter as many as the refinement, m * B; else "probe".
 
     Returns:
         ``indices`` int32 [B, S, k'] and ``scores`` float32 [B, S, k'], both contiguous.  The indices of a

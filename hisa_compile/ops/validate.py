@@ -89,7 +89,7 @@ def check_pool_arguments(
 def check_pooled(k_pooled: Tensor, k: Tensor, block_size: int | None) -> None:
     """Check the given block means of ``k``, whose own checks passed; errors as :func:`check_arguments`.
 
-    ``block_size`` is the resolved one, None where a symbolic topk leaves it open.
+    ``block_size`` is that of the blocks whose means they are, None where a symbolic topk leaves it open.
     """
     batch, tokens, dim = k.shape
     _check_dtype("k_pooled", k_pooled, (pooled_dtype(k.dtype),))

@@ -51,6 +51,8 @@ HEADS_STEP = 32
 # Programs that go over all keys for a group of rows, and the tokens that one of sm_90's looks at together.
 MANY_PROBE_PROGRAMS = 792
 PROBE_TILE = 64
+# Blocks of a group of rows that one program hides, or lists the outer blocks of.
+LEVEL_TILE = 64
 # On sm_90 about as many as run at once, three on each of 132 multiprocessors: they are long enough.
 MANY_COARSE_HOPPER_PROGRAMS = 372
 

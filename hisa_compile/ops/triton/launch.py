@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from ..budget import Budget
-from ..coarse import PAPER, PROBE
+from ..coarse import PAPER, outer_of
 from ..reference import pooled_dtype
 from ..visibility import Visibility
 from . import config, gpu
@@ -30,7 +30,7 @@ from .group import list_items_kernel, sort_pairs_kernel
 from .launch_probe import launch_probe
 from .long_rows import count_candidates_kernel, guess_key_kernel, list_candidates_kernel
 from .operands import FP8_BITS
-from .plan import Chunk, Plan, rows_past_a_tile
+from .plan import Chunk, Level, Plan, rows_past_a_tile
 from .pool import pool_kernel
 from .refine import refine_by_block_kernel, refine_by_row_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
@@ -138,7 +138,7 @@ class _Call:
         self.architecture = gpu.architecture(q)
         self.plan = Plan(
             self.batch, self.queries, heads, self.dim, self.tokens, self.width, budget, q.dtype, sorted,
-            self.architecture, topk if coarse == PROBE else None,
+            self.architecture, None if coarse == PAPER else topk, outer_of(coarse, self.tokens, budget),
         )  # fmt: skip
         self.sorted, self.mark_hidden, self.k_pooled = sorted, mark_hidden, k_pooled
         self.outputs = {"indices_ptr": indices, "keys_ptr": scores.view(torch.int32)}
@@ -169,16 +169,15 @@ class _Call:
         windows_only = visibility.mask is None and visibility.key_valid is None and visibility.k_segment is None
         # Widened queries lie side by side, and rows are copied from multiples of 16 bytes.
         widened = q.dtype.itemsize > 1 or self.dim % 8 == 0
-        by_means = self.plan.prune and self.plan.sample is None
-        self.coarse_copied = self.query_rows is not None and by_means and windows_only and widened
+        by_means = self.plan.by_means is not None and windows_only and widened
+        self.coarse_copied = self.query_rows is not None and by_means
         # Keys as the accelerator copies them for the probe; a tile is whole blocks or a part of one there.
         self.key_rows = None
         if self.plan.sample is not None and windows_only and gpu.is_hopper(q):
             probed = q.dtype.itemsize < 4 and 0 < self.dim <= 128 and self.block_size % config.PROBE_TILE == 0
             self.key_rows = key_rows(k) if probed else None
         if self.key_rows is not None:
-            tile_dim = config.probe_tiles(self.dim, q.dtype, self.block_size).tile_dim
-            self.k_desc = describe(k[:, None], self.key_rows, config.PROBE_TILE, tile_dim)
+            self.k_desc = describe(k[:, None], self.key_rows, config.PROBE_TILE, self.plan.probe_tiles.tile_dim)
         self.shape = {
             "H": heads,
             "D": self.dim,
@@ -201,7 +200,8 @@ class _Call:
         self.space = Workspace(self.plan, heads, self.dim, wide, of_probe, self.device)
 
     def run(self) -> None:
-        means = self.means_and_tables() if self.plan.prune and self.plan.sample is None else {}
+        ranked = self.plan.by_means
+        means = {} if ranked is None else self.means_and_tables(ranked)
         first = self.plan.chunks[0]
         for chunk in self.plan.chunks:
             at = {"first_row": chunk.first_row} | self.sizes
@@ -213,11 +213,13 @@ class _Call:
                     each.again(changed)
                 continue
             if self.plan.prune:
-                if self.plan.sample is None:
-                    self.coarse(chunk, at, means)
-                else:
+                if ranked is not None:
+                    self.coarse(chunk, at, ranked, means)
+                if self.plan.outer is not None:
+                    self.select_blocks(chunk, at, self.plan.outer)
+                if self.plan.sample is not None:
                     launch_probe(self, chunk, at, self.plan.sample)
-                self.select_blocks(chunk, at)
+                self.select_blocks(chunk, at, self.plan.inner)
                 if self.plan.pairs_listed:
                     self.list_pairs(chunk, at)
             self.refine(chunk, at)
@@ -244,38 +246,34 @@ class _Call:
         self.query |= {"w_ptr": here, "w_sr": here.shape[2]}
         self.w_desc = None if self.query_rows is None else describe_weights(here, self.plan.tiles)
 
-    def means_and_tables(self) -> dict[str, Any]:
+    def means_and_tables(self, ranked: Level) -> dict[str, Any]:
         """What the coarse stage reads of blocks: representatives, and tables that tell which hold a visible token."""
         means = self.k_pooled
         if means is None:
-            means = torch.empty(
-                (self.batch, self.plan.blocks, self.dim), dtype=pooled_dtype(self.dtype), device=self.device
-            )
-        tables: dict[str, Tensor | None] = {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
+            shape = (self.batch, ranked.blocks, self.dim)
+            means = torch.empty(shape, dtype=pooled_dtype(self.dtype), device=self.device)
+        tables: dict[str, Tensor | None] = dict.fromkeys(("last_valid_ptr", "low_ptr", "high_ptr"))
         if self.of_keys["valid_ptr"] is not None:
             tables["last_valid_ptr"] = torch.empty((self.batch, self.tokens), dtype=torch.int32, device=self.device)
         if self.of_keys["k_segment_ptr"] is not None:
             tables["low_ptr"], tables["high_ptr"] = (
-                torch.empty((self.batch, self.plan.blocks), dtype=torch.int64, device=self.device) for _ in range(2)
+                torch.empty((self.batch, ranked.blocks), dtype=torch.int64, device=self.device) for _ in range(2)
             )
         if self.k_pooled is None or any(table is not None for table in tables.values()):
             _pool(
                 self.keys | self.of_keys | tables | {"means_ptr": means if self.k_pooled is None else None},
-                self.batch,
-                self.tokens,
-                self.dim,
-                self.block_size,
-                self.shape["FP8"],
-                self.overlap,
-            )
+                self.batch, self.tokens, self.dim, ranked.block_size, self.shape["FP8"], self.overlap,
+            )  # fmt: skip
         return gpu.strided("means", means, "bmd") | tables
 
-    def coarse(self, chunk: Chunk, at: dict[str, int], means: dict[str, Any]) -> None:
+    def coarse(self, chunk: Chunk, at: dict[str, int], ranked: Level, means: dict[str, Any]) -> None:
         """Scores of blocks by their means."""
-        tiles = cdiv(self.plan.blocks, self.plan.tiles.tile)
-        work = self.query | self.seen | means | at | self.shape
-        work |= {"block_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch, "M": self.plan.blocks}
+        tiles = cdiv(ranked.blocks, self.plan.tiles.tile)
+        work = self.query | self.seen | means | at | self.shape | {"BLOCK_SIZE": ranked.block_size}
+        work |= {"block_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch, "M": ranked.blocks}
         work |= {"counts_ptr": self.space.counts, "lists": chunk.batches * self.plan.blocks}
+        if self.plan.outer is not None:
+            work |= {"counts_ptr": self.space.listed_count, "lists": self.plan.probe_groups(chunk)}
         kernel: Any = coarse_kernel
         how = config.coarse_launch(self.plan.tiles, self.dtype, self.dim, self.architecture, self.coarse_copied)
         if self.coarse_copied:
@@ -294,27 +292,28 @@ class _Call:
             STAGES=how.stages,
         )
 
-    def select_blocks(self, chunk: Chunk, at: dict[str, int]) -> None:
-        """The kept blocks of each row, from their scores."""
+    def select_blocks(self, chunk: Chunk, at: dict[str, int], ranked: Level) -> None:
+        """The kept blocks of each row, from their scores; of outer ones flags alone."""
+        into = self.space.kept | {"kept_flag_ptr": self.space.kept_flag}
+        into |= {"counts_ptr": self.space.counts, "rank_ptr": self.space.rank}
+        if ranked is self.plan.outer:
+            into = dict.fromkeys(into) | {"kept_flag_ptr": self.space.outer_flag}
         self.launch(
             select_blocks_kernel,
             chunk.rows,
-            config.select_launch("select_blocks", self.plan.blocks, self.architecture),
+            config.select_launch("select_blocks", ranked.blocks, self.architecture),
             **self.window,
-            **self.space.kept,
+            **into,
             **at,
             block_scores_ptr=self.space.score_bits,
-            kept_flag_ptr=self.space.kept_flag,
-            counts_ptr=self.space.counts,
-            rank_ptr=self.space.rank,
             rows_per_batch=chunk.of_batch,
-            M=self.plan.blocks,
+            M=ranked.blocks,
             pitch=self.plan.pitch,
-            block_topk=self.block_topk,
-            BLOCK_SIZE=self.block_size,
-            SLOTS=min(power_of_2(self.block_topk), config.EMIT_TILE),
-            TILE=min(power_of_2(self.plan.blocks), config.SELECT_TILE),
-            ONE_TILE=self.plan.blocks <= config.SELECT_TILE,
+            block_topk=ranked.block_topk,
+            BLOCK_SIZE=ranked.block_size,
+            SLOTS=min(power_of_2(ranked.block_topk), config.EMIT_TILE),
+            TILE=min(power_of_2(ranked.blocks), config.SELECT_TILE),
+            ONE_TILE=ranked.blocks <= config.SELECT_TILE,
         )
 
     def copied_query(self, chunk: Chunk) -> dict[str, Any]:

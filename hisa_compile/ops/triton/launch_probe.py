@@ -1,4 +1,4 @@
-"""The probe on a GPU: its four kernels for a chunk of rows, see :mod:`.probe`."""
+"""The probe on a GPU: its four kernels for a chunk of rows, see :mod:`.probe`, and that of :mod:`.levels` with two."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..coarse import JITTER, Sample
 from . import config, gpu
 from .config import Launch
+from .levels import list_outer_kernel
 from .plan import Chunk
 from .probe import probe_blocks_kernel, probe_sample_kernel, threshold_kernel, two_heads_kernel
 from .sizes import cdiv, power_of_2
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
 
 def launch_probe(call: _Call, chunk: Chunk, at: dict[str, int], sample: Sample) -> None:
     """Scores of blocks by their tokens, in ``call.space.score_bits``."""
-    tiles = config.probe_tiles(call.dim, call.dtype, call.block_size)
-    groups = chunk.batches * cdiv(chunk.of_batch, tiles.rows)
+    tiles, groups = call.plan.probe_tiles, call.plan.probe_groups(chunk)
     heads = {"heads_ptr": call.space.heads}
     names = ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd", "w_ptr", "w_sr")
     query = {name: call.query[name] for name in names} | heads | at
@@ -50,11 +50,12 @@ def launch_probe(call: _Call, chunk: Chunk, at: dict[str, int], sample: Sample) 
         rank=sample.rank,
         TILE=power_of_2(sample.size),
     )
+    levels = list_outer(call, chunk, at, groups)
     kernel: Any = probe_blocks_kernel
     how = config.probe_launch(tiles, call.dtype, call.dim, call.architecture, call.key_rows is not None)
     units = cdiv(call.plan.blocks, max(1, tiles.tile // power_of_2(call.block_size)))
     splits = max(1, min(units, how.programs // groups))
-    work |= {
+    work |= levels | {
         "thresholds_ptr": call.space.thresholds,
         "block_scores_ptr": call.space.score_bits,
         "counts_ptr": call.space.counts,
@@ -74,3 +75,32 @@ def launch_probe(call: _Call, chunk: Chunk, at: dict[str, int], sample: Sample) 
         work |= {"k_desc": call.k_desc, "k_batch_rows": call.key_rows.of_batch, "TILE": config.PROBE_TILE}
         work = gpu.only(work, kernel)
     call.launch(kernel, groups * splits, how, **work)
+
+
+def list_outer(call: _Call, chunk: Chunk, at: dict[str, int], groups: int) -> dict[str, Any]:
+    """The kept outer blocks of each group of rows, if blocks are looked for in these; what the probe takes of them."""
+    space, outer = call.space, call.plan.outer
+    work: dict[str, Any] = {"outer_flag_ptr": space.outer_flag}
+    work |= {"listed_ptr": space.listed, "listed_count_ptr": space.listed_count}
+    if outer is None:
+        return work | {"outer_blocks": 0, "OUTER_SIZE": call.block_size}
+    work |= {"outer_blocks": outer.blocks, "OUTER_SIZE": outer.block_size}
+    inside = outer.block_size // call.block_size
+    tile = max(1, config.LEVEL_TILE // power_of_2(inside))
+    call.launch(
+        list_outer_kernel,
+        groups * cdiv(outer.blocks, tile),
+        Launch(1, 4),
+        **call.window,
+        **at,
+        **work,
+        block_scores_ptr=space.score_bits,
+        rows_per_batch=chunk.of_batch,
+        M=call.plan.blocks,
+        pitch=call.plan.pitch,
+        INSIDE=inside,
+        PADDED_INSIDE=power_of_2(inside),
+        ROWS=call.plan.probe_tiles.rows,
+        TILE=tile,
+    )
+    return work

@@ -30,6 +30,14 @@ class Chunk(NamedTuple):
         return self.rows // self.of_batch
 
 
+class Level(NamedTuple):
+    """Blocks of ``block_size`` tokens, ``block_topk`` of which are kept, and how many there are."""
+
+    block_size: int
+    block_topk: int
+    blocks: int
+
+
 def chunks_of_rows(batch: int, queries: int, most: int) -> Iterator[Chunk]:
     """All rows in chunks of at most ``most``, the first of them the largest."""
     if queries > most:
@@ -50,12 +58,15 @@ def rows_past_a_tile(rows: int, tiles: int, how: config.Launch) -> int:
 
 
 class Plan:
-    """``probe_topk``: topk where blocks go by the probe.  Attributes, all from sizes, pairs_of_item from the
-    architecture too:
+    """``probe_topk``: topk where blocks go by the probe; ``outer``: inside which outer blocks, see ``coarse.outer_of``.
+
+    Attributes, all from sizes, pairs_of_item from the architecture too:
 
     blocks, prune: how many blocks there are, and whether any is left out.
+    inner, outer: the budget's blocks, and those by whose means they are looked for, if they are.
+    by_means: which of the two go by their means, None where neither does.
     sample: of the probe, None where blocks go by their means or none is left out.
-    tiles: shapes of the products.
+    tiles, probe_tiles: shapes of the products.
     columns, pitch: candidates of a row, and the length of a row of scores in memory, a multiple of 16.
     one_tile: a row's candidates fit the registers of the program that selects among them.
     segments: how many programs a longer row is spread over, see :mod:`.long_rows`.
@@ -78,12 +89,17 @@ class Plan:
         sorted: bool,
         architecture: Architecture,
         probe_topk: int | None = None,
+        outer: Budget | None = None,
     ) -> None:
         block_size, block_topk = budget
         self.blocks = cdiv(tokens, block_size)
         self.prune = self.blocks > block_topk
         self.sample = sample_of(tokens, probe_topk) if self.prune and probe_topk is not None else None
+        self.inner = Level(*budget, self.blocks)
+        self.outer = None if outer is None else Level(*outer, cdiv(tokens, outer.block_size))
+        self.by_means = self.inner if self.prune and self.sample is None else self.outer
         self.tiles = config.score_tiles(heads, dim, dtype, block_size)
+        self.probe_tiles = config.probe_tiles(dim, dtype, block_size)
         self.columns = budget.candidates if self.prune else tokens
         self.one_tile = self.columns <= config.SELECT_TILE
         self.segments = cdiv(self.columns, config.SELECT_TILE)
@@ -103,9 +119,13 @@ class Plan:
             if self.sample is not None:
                 # Two heads, their dtype two bytes where float8 is taken apart; the threshold and the cap.
                 row_bytes += 2 * dim * max(2, dtype.itemsize) + 8
-            elif dtype.itemsize == 1:
+            if self.by_means is not None and dtype.itemsize == 1:
                 # The query in the means' dtype.
                 row_bytes += 2 * heads * dim
+            if self.outer is not None:
+                # Which outer blocks a row keeps, and its share of the list of those that its group does.
+                group = min(self.probe_tiles.rows, queries)
+                row_bytes += self.outer.blocks + 4 * cdiv(self.outer.blocks, group) + 4
         if not self.one_tile:
             # Candidates, the guess, two counts a segment.
             row_bytes += 4 * config.SELECT_TILE + 4 + 8 * self.segments
@@ -129,6 +149,10 @@ class Plan:
         self.block_topk = block_topk
         how = config.by_block_launch(self.tiles, dtype, dim, architecture)
         self.pairs_of_item = max(4, rows_past_a_tile(self.chunks[0].rows, block_topk, how))
+
+    def probe_groups(self, chunk: Chunk) -> int:
+        """Groups of rows that go past the probe's tiles of tokens together."""
+        return chunk.batches * cdiv(chunk.of_batch, self.probe_tiles.rows)
 
     def most_items(self, chunk: Chunk) -> int:
         """A list of n pairs is cut into ceil(n / pairs_of_item) items."""

@@ -155,7 +155,7 @@ def inverse_of(cap):
 
 
 @triton.jit
-def _rows_of_program(
+def rows_of_group(
     number, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, first_row, rows_per_batch, S, T, ROWS: tl.constexpr
 ):
     """(batch, query, row, which are some, start, end) of the ``number``-th group of ROWS rows of a chunk.
@@ -217,7 +217,7 @@ def probe_sample_kernel(
     """scores_ptr int32 [rows, pitch] gets p of the sample's ``size`` tokens, grid (batches * row groups * tiles)."""
     wait_for_kernel_before(OVERLAP)
     tiles = tl.cdiv(size, TILE)
-    batch, query, row, wanted, start, end = _rows_of_program(
+    batch, query, row, wanted, start, end = rows_of_group(
         tl.program_id(0) // tiles, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss,
         first_row, rows_per_batch, S, T, ROWS,
     )  # fmt: skip
@@ -289,6 +289,13 @@ def threshold_kernel(
 
 
 @triton.jit
+def sees_outer(outer, start, end, OUTER_SIZE: tl.constexpr):
+    """Whether windows touch an outer block, all int64: only there does a row's flag say something."""
+    low = outer * OUTER_SIZE
+    return (start < end) & (low + OUTER_SIZE > start) & (low < end)
+
+
+@triton.jit
 def greater(a, b):
     """The greater of two, NaN where one is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -298,7 +305,8 @@ def greater(a, b):
 # than one that is not.
 @triton.jit(
     do_not_specialize=[
-        "mask_sb", "mask_ss", "mask_st", "first_row", "rows_per_batch", "splits", "S", "T", "M", "lists",
+        "mask_sb", "mask_ss", "mask_st", "first_row", "rows_per_batch", "splits", "S", "T", "M", "outer_blocks",
+        "lists",
     ],
     do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr", "mask_ptr"],
 )  # fmt: skip
@@ -313,21 +321,25 @@ def probe_blocks_kernel(
     mask_ptr, mask_sb, mask_ss, mask_st,
     q_segment_ptr, q_segment_sb, q_segment_ss,
     k_segment_ptr, k_segment_sb, k_segment_st,
-    block_scores_ptr, counts_ptr, first_row, rows_per_batch, splits, S, T, M, pitch, lists,
-    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED_BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE_D: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr, ONE_INSTRUCTION: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    outer_flag_ptr, listed_ptr, listed_count_ptr,
+    block_scores_ptr, counts_ptr, first_row, rows_per_batch, splits, S, T, M, outer_blocks, pitch, lists,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED_BLOCK: tl.constexpr, OUTER_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr,
+    WIDEN: tl.constexpr, ONE_INSTRUCTION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Scores of blocks, grid (batches * groups of ROWS rows * splits).
 
     block_scores_ptr int32 [rows, pitch] as :func:`.coarse.coarse_kernel` has it; counts_ptr likewise.  A program goes
     over its share of the blocks that its rows' windows touch, a tile of tokens at a time: several whole blocks, each
     padded to PADDED_BLOCK, a power of two, or a part of one.
+
+    With the lists of :func:`.levels.list_outer_kernel` it is a share of its group's outer blocks of OUTER_SIZE tokens,
+    and blocks in those that a row does not keep are HIDDEN_BITS for it.
     """
     wait_for_kernel_before(OVERLAP)
     if counts_ptr is not None:
         clear_counts(counts_ptr, lists, tl.arange(0, 128))
-    batch, query, row, wanted, start, end = _rows_of_program(
+    batch, query, row, wanted, start, end = rows_of_group(
         tl.program_id(0) // splits, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss,
         first_row, rows_per_batch, S, T, ROWS,
     )  # fmt: skip
@@ -355,9 +367,19 @@ def probe_blocks_kernel(
     all_end = tl.min(end, axis=0)
     first = tl.min(tl.where(seen, start, T), axis=0) // UNIT
     past = (tl.max(tl.where(seen, end, 0), axis=0) + UNIT - 1) // UNIT
+    # Units of an outer block, which begins with a unit; the last one may reach past it.
+    UNITS: tl.constexpr = (OUTER_SIZE // BLOCK_SIZE + BLOCKS - 1) // BLOCKS
+    if listed_ptr is not None:
+        group = tl.program_id(0) // splits
+        listed_ptr += group.to(tl.int64) * outer_blocks
+        first = first * 0
+        past = first + tl.load(listed_count_ptr + group)
     share = (tl.maximum(past - first, 0) + splits - 1) // splits
     first += tl.program_id(0) % splits * share
     past = tl.minimum(first + share, past)
+    if listed_ptr is not None:
+        first *= UNITS
+        past *= UNITS
 
     plus, minus = _load_heads(heads_ptr, row, wanted, 0, D, TILE_D)
     threshold = tl.load(thresholds_ptr + 2 * row)[:, None]
@@ -369,16 +391,24 @@ def probe_blocks_kernel(
     best = tl.zeros([ROWS, BLOCKS], tl.float32) - _INF
     eligible = tl.zeros([ROWS, BLOCKS], tl.int32)
     for i in tl.range(first * PARTS, past * PARTS, num_stages=STAGES):
-        block = i // PARTS * BLOCKS + column // PADDED_BLOCK
+        first_block = i // PARTS * BLOCKS
+        past_block = M
+        if listed_ptr is not None:
+            outer = tl.load(listed_ptr + i // PARTS // UNITS).to(tl.int64)
+            first_block = outer * (OUTER_SIZE // BLOCK_SIZE) + i // PARTS % UNITS * BLOCKS
+            past_block = tl.minimum((outer + 1) * (OUTER_SIZE // BLOCK_SIZE), M)
+        block = first_block + column // PADDED_BLOCK
         inside = i % PARTS * TILE + column % PADDED_BLOCK
         token = block * BLOCK_SIZE + inside
         exists = (inside < BLOCK_SIZE) & (token < T)
+        if listed_ptr is not None:
+            exists = exists & (block < past_block)
         probed = _probed(
             plus, minus, heads_ptr, row, wanted, k_ptr, k_st, k_sd, scale_ptr, scale_st, k_weight_ptr, k_weight_st,
             token, exists, D, TILE_D, FP8, WIDEN,
         )  # fmt: skip
         some = tl.full([ROWS, BLOCKS], 1, tl.int32)
-        unit = i // PARTS * UNIT
+        unit = first_block * BLOCK_SIZE
         if look or (unit < all_start) | (unit + UNIT > all_end):
             visible = _visible(
                 token, exists, query, start, end, valid_ptr, valid_st, mask_ptr, mask_ss, mask_st,
@@ -401,6 +431,11 @@ def probe_blocks_kernel(
         if PARTS == 1 or i % PARTS == PARTS - 1:
             above = best - threshold
             scores = tl.where(above > 0.0, total * cap + above * 0.5, above)
-            number = i // PARTS * BLOCKS + tl.arange(0, BLOCKS)
+            shown = eligible != 0
+            if listed_ptr is not None:
+                touched = sees_outer(outer, start, end, OUTER_SIZE)
+                flag = tl.load(outer_flag_ptr + row.to(tl.int64) * outer_blocks + outer, mask=touched, other=0)
+                shown = shown & (flag != 0)[:, None]
+            number = first_block + tl.arange(0, BLOCKS)
             at = block_scores_ptr + row.to(tl.int64)[:, None] * pitch + number[None, :]
-            tl.store(at, score_bits(scores, eligible != 0), mask=wanted[:, None] & (number < M)[None, :])
+            tl.store(at, score_bits(scores, shown), mask=wanted[:, None] & (number < past_block)[None, :])

@@ -14,7 +14,7 @@ from .group import clear_counts
 from .hopper import barrier
 from .keys import score_bits
 from .overlap import wait_for_kernel_before
-from .probe import difference_of_relus, greater, inverse_of, share_of_cap
+from .probe import difference_of_relus, greater, inverse_of, sees_outer, share_of_cap
 from .visible import row_window
 
 
@@ -51,16 +51,30 @@ def _rows(batch_here, group, rows_per_batch, ROWS: gl.constexpr, layout: gl.cons
     return batch_here * rows_per_batch + each, each, wanted
 
 
-@gluon.jit(do_not_specialize=["k_batch_rows", "first_row", "rows_per_batch", "splits", "S", "T", "M", "lists"])
+@gluon.jit
+def _tile_number(number, listed_ptr, TILES: gl.constexpr):
+    """Which tile of all a program's ``number``-th is; with a list of outer blocks one of those, of TILES tiles each."""
+    tile = number
+    if listed_ptr is not None:
+        tile = gl.load(listed_ptr + number // TILES) * TILES + number % TILES
+    return tile
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "k_batch_rows", "first_row", "rows_per_batch", "splits", "S", "T", "M", "outer_blocks", "lists",
+    ],
+)  # fmt: skip
 def probe_blocks_hopper_kernel(
     heads_ptr, thresholds_ptr, k_desc, k_batch_rows,
     scale_ptr, scale_sb, scale_st,
     k_weight_ptr, k_weight_sb, k_weight_st,
     start_ptr, start_sb, start_ss,
     end_ptr, end_sb, end_ss,
-    block_scores_ptr, counts_ptr, first_row, rows_per_batch, splits, S, T, M, pitch, lists,
-    D: gl.constexpr, BLOCK_SIZE: gl.constexpr, ROWS: gl.constexpr, TILE_D: gl.constexpr, TILE: gl.constexpr,
-    STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    outer_flag_ptr, listed_ptr, listed_count_ptr,
+    block_scores_ptr, counts_ptr, first_row, rows_per_batch, splits, S, T, M, outer_blocks, pitch, lists,
+    D: gl.constexpr, BLOCK_SIZE: gl.constexpr, OUTER_SIZE: gl.constexpr, ROWS: gl.constexpr, TILE_D: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """:func:`.probe.probe_blocks_kernel` with the same grid, and, as far as it has them, the same arguments.
 
@@ -76,6 +90,7 @@ def probe_blocks_hopper_kernel(
     VECTOR: gl.constexpr = 128 // BITS
     LANES: gl.constexpr = TILE_D // VECTOR
     PARTS: gl.constexpr = BLOCK_SIZE // TILE
+    TILES: gl.constexpr = OUTER_SIZE // TILE
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE, 256 // BITS])
     of_heads: gl.constexpr = gl.DotOperandLayout(0, product, 32 // BITS)
     of_rows: gl.constexpr = gl.SliceLayout(1, product)
@@ -95,14 +110,23 @@ def probe_blocks_hopper_kernel(
     all_end = gl.min(end, axis=0)
     first = (gl.min(gl.where(seen, start, T), axis=0) // BLOCK_SIZE).to(gl.int32)
     past = ((gl.max(gl.where(seen, end, 0), axis=0) + BLOCK_SIZE - 1) // BLOCK_SIZE).to(gl.int32)
+    if listed_ptr is not None:
+        listed_ptr += number.to(gl.int64) * outer_blocks
+        first = first * 0
+        past = gl.load(listed_count_ptr + number)
     share = (gl.maximum(past - first, 0) + splits - 1) // splits
     first += gl.program_id(0) % splits * share
     past = gl.minimum(first + share, past)
 
     if first < past:
         k_row = (batch * k_batch_rows).to(gl.int32)
-        first *= PARTS
-        last = past * PARTS - 1
+        # Numbers of tiles, of the listed ones where there is a list.
+        if listed_ptr is not None:
+            first *= TILES
+            last = past * TILES - 1
+        else:
+            first *= PARTS
+            last = past * PARTS - 1
         k_tiles = ()
         full = ()
         for _stage in gl.static_range(STAGES):
@@ -111,7 +135,8 @@ def probe_blocks_hopper_kernel(
         for stage in gl.static_range(STAGES):
             mbarrier.init(full[stage], count=1)
         for stage in gl.static_range(STAGES - 1):
-            _fetch(k_desc, full[stage], k_tiles[stage], k_row + gl.minimum(first + stage, last) * TILE, BYTES)
+            tile = _tile_number(gl.minimum(first + stage, last), listed_ptr, TILES)
+            _fetch(k_desc, full[stage], k_tiles[stage], k_row + tile * TILE, BYTES)
 
         from_row, _each, some = _rows(batch_here, number % groups, rows_per_batch, ROWS, gl.SliceLayout(1, copy))
         dim = gl.arange(0, TILE_D, layout=gl.SliceLayout(0, copy))
@@ -123,6 +148,8 @@ def probe_blocks_hopper_kernel(
         cap = gl.load(thresholds_ptr + 2 * row + 1)
         inverse_cap = inverse_of(cap)
         out_ptr = block_scores_ptr + row.to(gl.int64) * pitch
+        if listed_ptr is not None:
+            flag_ptr = outer_flag_ptr + row.to(gl.int64) * outer_blocks
         zeros = gl.zeros([ROWS, TILE], gl.float32, layout=product)
         position = gl.arange(0, TILE, layout=of_tokens)
         total = gl.zeros([ROWS], gl.float32, layout=of_rows)
@@ -132,14 +159,15 @@ def probe_blocks_hopper_kernel(
         for base in range(first, last + 1, STAGES):
             for stage in gl.static_range(STAGES):
                 # Behind the last tile it is scored again, and not stored.
-                i = gl.minimum(base + stage, last)
+                i = _tile_number(gl.minimum(base + stage, last), listed_ptr, TILES)
+                ahead = _tile_number(gl.minimum(base + stage + STAGES - 1, last), listed_ptr, TILES)
                 mbarrier.wait(full[stage], phase)
                 x = warpgroup_mma(plus, k_tiles[stage].permute((1, 0)), zeros, use_acc=False, is_async=True)
                 y = warpgroup_mma(minus, k_tiles[stage].permute((1, 0)), zeros, use_acc=False, is_async=True)
                 # Into the buffer of the tile before, whose products everyone has waited for.
                 _fetch(
                     k_desc, full[(stage + STAGES - 1) % STAGES], k_tiles[(stage + STAGES - 1) % STAGES],
-                    k_row + gl.minimum(base + stage + STAGES - 1, last) * TILE, BYTES,
+                    k_row + ahead * TILE, BYTES,
                 )  # fmt: skip
                 low = i.to(gl.int64) * TILE
                 scale = _factor(scale_ptr, scale_sb, scale_st, batch, low, position, T)
@@ -165,8 +193,15 @@ def probe_blocks_hopper_kernel(
                     eligible = gl.maximum(gl.where(begins, 0, eligible), sees)
                 above = best - threshold
                 scores = gl.where(above > 0.0, total * cap + above * 0.5, above)
+                shown = eligible != 0
                 ends = (i % PARTS == PARTS - 1) & (base + stage <= last)
-                gl.store(out_ptr + i // PARTS, score_bits(scores, eligible != 0), mask=wanted & ends)
+                if listed_ptr is not None:
+                    outer = (i // TILES).to(gl.int64)
+                    touched = sees_outer(outer, start, end, OUTER_SIZE)
+                    shown = shown & (gl.load(flag_ptr + outer, mask=touched, other=0) != 0)
+                    # The last outer block may hold fewer blocks.
+                    ends = ends & (i // PARTS < M)
+                gl.store(out_ptr + i // PARTS, score_bits(scores, shown), mask=wanted & ends)
             phase ^= 1
         # Copies must not arrive in the shared memory of whoever comes after.
         for stage in gl.static_range(STAGES - 1):

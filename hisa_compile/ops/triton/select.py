@@ -56,9 +56,10 @@ def select_blocks_kernel(
     """The coarse filter, one program a row: at most block_topk blocks, the first and last eligible one among them.
 
     kept_ptr int32 [rows, block_topk] gets their numbers ascending (so that candidates lie in the order of their
-    positions), kept_count_ptr int32 [rows] how many there are, kept_flag_ptr int8 [rows, M] which blocks they are, as
-    far as the row's window touches them.  What lies past the row's count is not written.  With counts_ptr int32
-    [batches * M] every kept block counts its row there, and rank_ptr int32 [rows, block_topk] gets the count before.
+    positions), kept_count_ptr int32 [rows] how many there are, both or neither; kept_flag_ptr int8 [rows, M] which
+    blocks they are, as far as the row's window touches them.  What lies past the row's count is not written.  With
+    counts_ptr int32 [batches * M] every kept block counts its row there, and rank_ptr int32 [rows, block_topk] gets the
+    count before.
     """
     wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0)
@@ -68,7 +69,8 @@ def select_blocks_kernel(
     past_block = tl.where(start < end, (end + BLOCK_SIZE - 1) // BLOCK_SIZE, 0).to(tl.int32)
     block_scores_ptr += row.to(tl.int64) * pitch
     kept_flag_ptr += row.to(tl.int64) * M
-    kept_ptr += row.to(tl.int64) * block_topk
+    if kept_ptr is not None:
+        kept_ptr += row.to(tl.int64) * block_topk
     if counts_ptr is not None:
         counts_ptr += row // rows_per_batch * M
         rank_ptr += row.to(tl.int64) * block_topk
@@ -101,11 +103,13 @@ def select_blocks_kernel(
         place += (column > first).to(tl.int32)
         inside = (column >= first_block) & (column < past_block)
         taken = (taken | (column == first) | (column == last)) & inside
-        store_columns(kept_ptr + kept, base, place, taken, TILE)
+        if kept_ptr is not None:
+            store_columns(kept_ptr + kept, base, place, taken, TILE)
         tl.store(kept_flag_ptr + column, taken.to(tl.int8), mask=inside)
         kept += count
     kept += always
-    tl.store(kept_count_ptr + row, kept)
+    if kept_ptr is not None:
+        tl.store(kept_count_ptr + row, kept)
     if counts_ptr is not None:
         tl.debug_barrier()
         for first_slot in range(0, kept, SLOTS):

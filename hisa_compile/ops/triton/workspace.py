@@ -22,6 +22,7 @@ class Workspace:
     candidates, guess, column_counts: of rows too long for one program, see :mod:`.long_rows`.
     packed: of rows sorted in tiles, see :func:`.finish.sort_tiles_kernel`, in the place of score_bits.
     heads, thresholds: of the probe, see :mod:`.probe`.
+    outer_flag, listed, listed_count: kept outer blocks by row and by group of rows, see :mod:`.levels`.
     wide, wide_desc: float8 queries in the means' dtype, where they are copied; see
     :func:`.coarse.widen_queries_kernel`.
     """
@@ -49,6 +50,9 @@ class Workspace:
         self.packed: Tensor | None = None
         self.heads: Tensor | None = None
         self.thresholds: Tensor | None = None
+        self.outer_flag: Tensor | None = None
+        self.listed: Tensor | None = None
+        self.listed_count: Tensor | None = None
         self.wide: Tensor | None = None
         self.wide_desc: Any = None
         # Of this chunk alone, see _Call.weights_of.
@@ -59,6 +63,11 @@ class Workspace:
         if plan.sample is not None:
             self.heads = empty(rows, 2, dim, dtype=probe)
             self.thresholds = empty(rows, 2, dtype=torch.float32)
+        if plan.outer is not None:
+            groups = plan.probe_groups(plan.chunks[0])
+            self.outer_flag = empty(rows, plan.outer.blocks, dtype=torch.int8)
+            self.listed = empty(groups, plan.outer.blocks)
+            self.listed_count = empty(groups)
         if plan.pairs_listed:
             self.rank = empty(rows, plan.block_topk)
             self.pairs = empty(rows * plan.block_topk)
