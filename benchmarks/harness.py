@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import os
+import shlex
 import statistics
 import sys
 import traceback
@@ -176,6 +177,7 @@ class Goal(NamedTuple):
     def cells(self) -> list[str]:
         verdict = {None: "not measured", True: "reached", False: "**missed**"}[self.reached]
         measured = "" if self.measured is None else f"{self.measured:.2f}{self.unit}"
+        measured = "∞" if self.measured == float("inf") else measured
         bound = f"at {'most' if self.at_most else 'least'} {self.wanted:g}{self.unit}"
         return [self.name, bound, measured + (f" ({self.note})" if self.note else ""), verdict]
 
@@ -233,7 +235,7 @@ def command(module: str, made: argparse.ArgumentParser, options: argparse.Namesp
         words.append(action.option_strings[-1])
         if action.nargs != 0:
             words += [str(x) for x in value] if isinstance(value, list) else [str(value)]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def machine() -> str:
@@ -255,10 +257,14 @@ def importable(module: str) -> str | None:
 
 def write(out: Path | None, parts: Sequence[str], raw: dict[str, Any]) -> None:
     """Print the parts of the report; with ``out`` keep it there, and the raw numbers beside it."""
-    text = "\n\n".join(parts) + "\n"
-    print(text, flush=True)
+    print("\n\n".join(parts) + "\n", flush=True)
+    keep(out, parts, raw)
+
+
+def keep(out: Path | None, parts: Sequence[str], raw: dict[str, Any]) -> None:
+    """:func:`write` without printing: what there is so far of a long run, should it be cut off."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text)
+        out.write_text("\n\n".join(parts) + "\n")
         raw = {"machine": machine(), "python": sys.version.split()[0]} | raw
         out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n")

@@ -42,13 +42,19 @@ OTHERS = (("prose", 0, 100_000), ("prose", 0, 2_200_000), ("prose", 1, 700_000),
 OTHERS += (("code", 1, 1_800_000), ("prose", 0, 6_000_000), ("code", 0, 3_000_000), ("code", 1, 2_500_000))
 
 
+def in_turns(count: int) -> list[tuple[str, int, int]]:
+    """The first ``count`` of those that are measured, prose and code in turns."""
+    half = len(MEASURED) // 2
+    return [each for pair in zip(MEASURED[:half], MEASURED[half:], strict=True) for each in pair][:count]
+
+
 @torch.no_grad()
 def look(lm: Any, ids: Tensor, visit: Callable[[Layer], None]) -> None:
     """Run the model over one document and call ``visit`` with each layer in turn."""
     with model.normalised_inputs(lm) as inputs:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-            visit(Layer(layer, inputs.pop(layer), q[0], k[0]))
+            visit(Layer(layer, inputs.pop(layer)[0], q[0], k[0]))
             return model.causal(layer, q, k, v, scaling)
 
         with model.attention(attend):
@@ -64,17 +70,15 @@ def mean_keys(lm: Any, documents: list[Tensor]) -> Tensor:
 
 
 def of_groups(x: Tensor) -> Tensor:
-    """[HEADS, N, D] of the attention's heads as [GROUPS, N, heads of a group, D]."""
-    return x.unflatten(0, (model.GROUPS, -1)).transpose(1, 2)
+    """[.., HEADS, N, D] of the attention's heads as [.., GROUPS, N, heads of a group, D]."""
+    return x.unflatten(-3, (model.GROUPS, -1)).transpose(-3, -2)
 
 
-def centred(q: Tensor, k: Tensor, positions: Tensor, means: Tensor) -> list[Scored]:
-    """A layer's groups as indexers: q [HEADS, N, D] at ``positions``, k [GROUPS, T, D], means [GROUPS, D]."""
-    weights = torch.ones(q.shape[1], model.HEADS // model.GROUPS, device=q.device)
-    return [
-        scored(queries, keys - mean, weights, positions)
-        for queries, keys, mean in zip(of_groups(q), k, means.to(k.device), strict=True)
-    ]
+def centred(q: Tensor, k: Tensor, positions: Tensor, means: Tensor) -> Scored:
+    """A layer's groups as indexers: q [.., HEADS, N, D] at ``positions``, k [.., GROUPS, T, D], means [GROUPS, D]."""
+    queries = of_groups(q)
+    weights = torch.ones(queries.shape[:-1], device=q.device)
+    return scored(queries, k - means.to(k.device)[:, None], weights, positions)
 
 
 def group_attention(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
@@ -84,6 +88,6 @@ def group_attention(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
 
 
 def distilled(indexer: Distilled, inputs: Tensor, keys: Tensor, positions: Tensor) -> Scored:
-    """A layer's indexer, of the layer's inputs [N, HIDDEN] at ``positions`` and its own keys [T, D]."""
+    """A layer's indexer, of the layer's inputs [.., N, HIDDEN] at ``positions`` and its own keys [.., T, D]."""
     q, w = indexer.of_queries(inputs, positions)
     return scored(q, keys, w, positions)

@@ -6,7 +6,7 @@ keys leave 5 % of tokens above zero, centred ones half.
 
 Distilled: as DeepSeek-V3.2's, of the layer's normalised input: 8 heads of 64 for queries, one LayerNormed key for all
 of them, the first half of the dimensions rotated, head weights of either sign.  Trained to the mean attention of the
-layer's heads by the Kullback-Leibler divergence.
+layer's heads by the Kullback-Leibler divergence, on texts that ask at their ends for facts hidden in them.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ class Distilled(nn.Module):
         self.weights = nn.Linear(model.HIDDEN, HEADS, bias=False)
 
     def of_keys(self, hidden: Tensor, first: int = 0) -> Tensor:
-        """k [T, D] of the layer's input hidden [T, HIDDEN], whose tokens begin at position ``first``."""
-        return rotate(self.norm(self.keys(hidden)), torch.arange(first, first + len(hidden), device=hidden.device))
+        """k [.., T, D] of the layer's input hidden [.., T, HIDDEN], whose tokens begin at position ``first``."""
+        positions = torch.arange(first, first + hidden.shape[-2], device=hidden.device)
+        return rotate(self.norm(self.keys(hidden)), positions)
 
     def of_queries(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """q [N, H, D] and w [N, H] of the input at ``positions``."""
-        q = rotate(self.queries(hidden).view(-1, HEADS, DIM), positions[:, None])
+        """q [.., N, H, D] and w [.., N, H] of the input [.., N, HIDDEN] at ``positions`` [N]."""
+        q = rotate(self.queries(hidden).unflatten(-1, (HEADS, DIM)), positions[:, None])
         return q, self.weights(hidden) * (HEADS * DIM) ** -0.5
 
 

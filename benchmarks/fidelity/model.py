@@ -24,9 +24,14 @@ _attention: Attention | None = None
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Attention [B, heads, S, D]; mask bool [.., S, T], None for a causal one of as many queries as keys."""
-    return nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-    )
+    # Each head has keys of its own: the one CUDA kernel of float32 that does not keep all of S x T knows no groups.
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    attention = nn.functional.scaled_dot_product_attention
+    if mask is not None:
+        return attention(q, k, v, attn_mask=mask, scale=scaling)
+    # Should that kernel not be had, the S x S of one text is what there is room for.
+    texts = zip(q.split(1), k.split(1), v.split(1), strict=True)
+    return torch.cat([attention(*text, is_causal=True, scale=scaling) for text in texts])
 
 
 def causal(layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -99,11 +104,11 @@ def _state(path: str) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def normalised_inputs(lm: Any) -> Iterator[dict[int, Tensor]]:
-    """Inside it, the normalised input [T, HIDDEN] of each layer by its number, from when the layer has it."""
+    """Inside it, the normalised input [B, T, HIDDEN] of each layer by its number, from when the layer has it."""
     inputs: dict[int, Tensor] = {}
 
     def keep(number: int) -> Callable[..., None]:
-        return lambda _module, _inputs, output: inputs.__setitem__(number, output[0])
+        return lambda _module, _inputs, output: inputs.__setitem__(number, output)
 
     hooks = [layer.input_layernorm.register_forward_hook(keep(i)) for i, layer in enumerate(lm.model.layers)]
     try:
@@ -113,7 +118,11 @@ def normalised_inputs(lm: Any) -> Iterator[dict[int, Tensor]]:
             hook.remove()
 
 
-def architecture(layers: int = LAYERS, vocabulary: int = 49152) -> transformers.LlamaConfig:
+def architecture(layers: int = LAYERS, vocabulary: int = 49152, stretch: float = 1) -> transformers.LlamaConfig:
+    """stretch: read so many times the native length by interpolation of positions, YaRN's, which needs no training."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e5}
+    if stretch != 1:
+        rope |= {"rope_type": "yarn", "factor": stretch, "original_max_position_embeddings": NATIVE_LENGTH}
     return transformers.LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=HIDDEN,
@@ -121,27 +130,37 @@ def architecture(layers: int = LAYERS, vocabulary: int = 49152) -> transformers.
         num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=GROUPS,
-        max_position_embeddings=NATIVE_LENGTH,
+        max_position_embeddings=round(stretch * NATIVE_LENGTH),
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        rope_parameters=rope,
         attn_implementation=_NAME,
     )
 
 
-def load(device: str = "cpu") -> transformers.LlamaForCausalLM:
+def interpolate(lm: Any, stretch: float) -> None:
+    """From now on the model's positions are those of :func:`architecture` with this ``stretch``."""
+    config = architecture(stretch=stretch)
+    # Its frequencies are no part of the model's state.
+    lm.model.rotary_emb = type(lm.model.rotary_emb)(config).to(lm.device)
+
+
+def load(device: str = "cpu", stretch: float = 1) -> transformers.LlamaForCausalLM:
     """The model in float32."""
     config = architecture()
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.to_empty(device="cpu")
     model.load_state_dict(_state(str(sources.weights_file())), assign=True, strict=True)
-    # Frequencies of the rotary embedding are no part of the state.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    interpolate(model, stretch)
     model.tie_weights()
     return model.to(device).eval().requires_grad_(False)
 
 
 def tokenizer() -> Any:
-    path = sources.weights_file()
-    return transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    kept = sources.cache() / "tokenizer"
+    if not kept.exists():
+        path = sources.weights_file()
+        # It takes longer to make than all else of a small measurement.
+        transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(kept)
+    return transformers.AutoTokenizer.from_pretrained(kept)

@@ -64,8 +64,10 @@ def of_layer(
 ) -> Iterator[Indexed]:
     q = layer.q[:, positions]
     attended = capture.group_attention(q, layer.k, positions)
-    for head, of in enumerate(capture.centred(q, layer.k, positions, means[layer.number])):
-        yield Indexed("centred", layer.number, head, of, attended[head])
+    of = capture.centred(q, layer.k, positions, means[layer.number])
+    for head, (queries, keys, weights, scores) in enumerate(zip(of.q, of.k, of.w, of.scores, strict=True)):
+        one = Scored(queries, keys, weights, positions, scores)
+        yield Indexed("centred", layer.number, head, one, attended[head])
     if indexers is not None:
         indexer = indexers[layer.number]
         of = capture.distilled(indexer, layer.hidden[positions], indexer.of_keys(layer.hidden), positions)
@@ -113,16 +115,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def setting(device: str) -> Setting:
-    lm, tokenizer = model.load(device), model.tokenizer()
+def setting(device: str, stretch: float = 1) -> Setting:
+    """Distilled indexers have only seen positions as they were trained on: there are none for a ``stretch``."""
+    lm, tokenizer = model.load(device, stretch), model.tokenizer()
     trained = distil.default_path()
-    indexers = load_distilled(trained, device) if trained.exists() else None
-    if indexers is None:
+    indexers = load_distilled(trained, device) if trained.exists() and stretch == 1 else None
+    if indexers is None and stretch == 1:
         print(f"no distilled indexers: {trained} is missing, python -m benchmarks.fidelity.distil makes it", flush=True)
     at = Setting(lm, tokenizer, torch.empty(0), indexers, device)
     # One document of prose and one of code.
-    others = at.read(capture.OTHERS[:1] + capture.OTHERS[3:4], model.NATIVE_LENGTH)
-    return at._replace(means=capture.mean_keys(lm, others))
+    others = at.read(capture.OTHERS[:1] + capture.OTHERS[3:4], round(stretch * model.NATIVE_LENGTH))
+    return at._replace(means=capture.mean_keys(lm, others).to(device))
 
 
 def measure(at: Setting, documents: list[Tensor], queries: int, ratios: list[int]) -> Found:
@@ -180,10 +183,8 @@ def main() -> None:
     made.add_argument("--device", default=default_device())
     options = made.parse_args()
     at = setting(options.device)
-    # Prose and code in turns, however many there are.
-    half = len(capture.MEASURED) // 2
-    order = [each for pair in zip(capture.MEASURED[:half], capture.MEASURED[half:], strict=True) for each in pair]
-    found = measure(at, at.read(order[: options.documents], options.length), options.queries, options.ratios)
+    chosen = capture.in_turns(options.documents)
+    found = measure(at, at.read(chosen, options.length), options.queries, options.ratios)
     summed = summaries(found)
     asked = command("fidelity.overlap", made, options)
     rows = [

@@ -1,7 +1,7 @@
 """Which tokens a query keeps: flat, HISA with its coarse stages, and baselines, in plain PyTorch to be read.
 
-This is where coarse stages are tried before they become part of the operator: everything is written out for one
-indexer, its queries as rows, the whole matrix of scores in memory.
+This is where coarse stages are tried before they become part of the operator: everything is written out, an indexer's
+queries as rows, the whole matrix of scores in memory.  Dimensions in front, "..", are indexers that are asked at once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ RANK = 16
 
 
 class Scored(NamedTuple):
-    """Some queries of one indexer.
+    """Some queries of an indexer, or of several.
 
-    q [N, H, D], k [T, D], w [N, H]; positions [N]: what each query sees is the tokens [0, position].
-    scores [N, T]: sum over heads of w * relu(q . k), ``NEVER`` for what is not seen.
+    q [.., N, H, D], k [.., T, D], w [.., N, H]; positions [N]: what each query sees is the tokens [0, position].
+    scores [.., N, T]: sum over heads of w * relu(q . k), ``NEVER`` for what is not seen.
     """
 
     q: Tensor
@@ -35,25 +35,30 @@ class Scored(NamedTuple):
     positions: Tensor
     scores: Tensor
 
+    @property
+    def tokens(self) -> int:
+        return self.k.shape[-2]
+
 
 def seen(positions: Tensor, tokens: int) -> Tensor:
     return torch.arange(tokens, device=positions.device) <= positions[:, None]
 
 
 def relu_scores(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
-    """[N, vectors]; q [N, H, D], k [vectors, D], w [N, H]."""
-    return torch.einsum("nhv,nh->nv", torch.einsum("nhd,vd->nhv", q, k).relu(), w)
+    """[.., N, vectors]; q [.., N, H, D], k [.., vectors, D], w [.., N, H]."""
+    products = torch.einsum("...nhd,...vd->...nhv", q, k).relu()
+    return torch.einsum("...nhv,...nh->...nv", products, w)
 
 
 def scored(q: Tensor, k: Tensor, w: Tensor, positions: Tensor) -> Scored:
-    scores = relu_scores(q, k, w).masked_fill(~seen(positions, len(k)), NEVER)
+    scores = relu_scores(q, k, w).masked_fill(~seen(positions, k.shape[-2]), NEVER)
     return Scored(q, k, w, positions, scores)
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Of each row the ``count`` greatest that are not ``NEVER``, as bool [N, ..]."""
-    index = scores.topk(min(count, scores.shape[1]), dim=1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, index, True) & (scores != NEVER)
+    """Of each row the ``count`` greatest that are not ``NEVER``, as bool of the same shape."""
+    index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True) & (scores != NEVER)
 
 
 def flat(of: Scored, topk: int) -> Tensor:
@@ -62,18 +67,18 @@ def flat(of: Scored, topk: int) -> Tensor:
 
 # ---- coarse stages ---------------------------------------------------------------------------------------------
 
-# (what is scored, tokens of a block, selected tokens) -> [N, blocks], the greater the better.
+# (what is scored, tokens of a block, selected tokens) -> [.., N, blocks], the greater the better.
 Coarse = Callable[[Scored, int, int], Tensor]
 
 
 def in_blocks(x: Tensor, block: int) -> Tensor:
-    """[T, ..] -> [blocks, block, ..]; T is a multiple of the block here."""
-    return x.unflatten(0, (len(x) // block, block))
+    """[.., T, D] -> [.., blocks, block, D]; T is a multiple of the block here."""
+    return x.unflatten(-2, (x.shape[-2] // block, block))
 
 
 def by_mean(of: Scored, block: int, topk: int) -> Tensor:
     """The paper's: the score of a block's mean key."""
-    return relu_scores(of.q, in_blocks(of.k, block).mean(1), of.w)
+    return relu_scores(of.q, in_blocks(of.k, block).mean(-2), of.w)
 
 
 def by_spread(of: Scored, block: int, topk: int, *, sigmas: float = 1.0) -> Tensor:
@@ -82,10 +87,10 @@ def by_spread(of: Scored, block: int, topk: int, *, sigmas: float = 1.0) -> Tens
     The spread is that of keys whose dimensions are independent: a second mean key, of squares, and a second product.
     """
     keys = in_blocks(of.k, block)
-    products = torch.einsum("nhd,bd->nhb", of.q, keys.mean(1))
-    spread = torch.einsum("nhd,bd->nhb", of.q.square(), keys.var(1, unbiased=False)).sqrt()
+    products = torch.einsum("...nhd,...bd->...nhb", of.q, keys.mean(-2))
+    spread = torch.einsum("...nhd,...bd->...nhb", of.q.square(), keys.var(-2, unbiased=False)).sqrt()
     shifted = products + sigmas * spread * of.w.sign()[..., None]
-    return torch.einsum("nhb,nh->nb", shifted.relu(), of.w)
+    return torch.einsum("...nhb,...nh->...nb", shifted.relu(), of.w)
 
 
 def probe(of: Scored) -> Tensor:
@@ -94,9 +99,9 @@ def probe(of: Scored) -> Tensor:
     relu(q+ . k) - relu(q- . k), q+ the sum of w_h q_h where w_h > 0, q- that of -w_h q_h where w_h < 0: two products a
     token instead of H.
     """
-    plus, minus = ((of.q * part[..., None]).sum(1) for part in (of.w.relu(), (-of.w).relu()))
-    probed = (plus @ of.k.T).relu() - (minus @ of.k.T).relu()
-    return probed.masked_fill(~seen(of.positions, len(of.k)), NEVER)
+    plus, minus = ((of.q * part[..., None]).sum(-2) for part in (of.w.relu(), (-of.w).relu()))
+    probed = (plus @ of.k.mT).relu() - (minus @ of.k.mT).relu()
+    return probed.masked_fill(~seen(of.positions, of.tokens), NEVER)
 
 
 def sampled(tokens: int, topk: int) -> Tensor:
@@ -110,10 +115,10 @@ def sampled(tokens: int, topk: int) -> Tensor:
 
 
 def threshold(tokens: Tensor, topk: int) -> Tensor:
-    """About the score of the ``topk``-th token, [N, 1], from a sample."""
-    some = tokens[:, sampled(tokens.shape[1], topk).to(tokens.device)].sort(1, descending=True).values
-    found = (some != NEVER).sum(1, keepdim=True)
-    return some.gather(1, found.clamp(1, max(1, topk // max(1, topk // RANK))) - 1)
+    """About the score of the ``topk``-th token, [.., N, 1], from a sample."""
+    some = tokens[..., sampled(tokens.shape[-1], topk).to(tokens.device)].sort(-1, descending=True).values
+    found = (some != NEVER).sum(-1, keepdim=True)
+    return some.gather(-1, found.clamp(1, max(1, topk // max(1, topk // RANK))) - 1)
 
 
 def pooled(tokens: Tensor, block: int, topk: int, how: str) -> Tensor:
@@ -124,15 +129,15 @@ def pooled(tokens: Tensor, block: int, topk: int, how: str) -> Tensor:
     number of such tokens.  Blocks with none above follow by their greatest.
     """
     if how == "capped":
-        return reference.probe_block_scores(tokens, tokens != NEVER, block, sample_of(tokens.shape[1], topk))
-    by_block = tokens.unflatten(1, (tokens.shape[1] // block, block))
-    greatest = by_block.amax(2)
+        return reference.probe_block_scores(tokens, tokens != NEVER, block, sample_of(tokens.shape[-1], topk))
+    by_block = tokens.unflatten(-1, (tokens.shape[-1] // block, block))
+    greatest = by_block.amax(-1)
     if how == "max":
         return greatest
     low = threshold(tokens, topk)
     above = (by_block - low[..., None]).relu()
     behind = greatest - low
-    return torch.where(behind > 0, (above if how == "sum" else above.sqrt()).sum(2), behind)
+    return torch.where(behind > 0, (above if how == "sum" else above.sqrt()).sum(-1), behind)
 
 
 def by_probe(of: Scored, block: int, topk: int, *, how: str = "capped") -> Tensor:
@@ -145,8 +150,8 @@ def by_token(of: Scored, block: int, topk: int, *, how: str = "capped") -> Tenso
 
 
 def kept_blocks(block_scores: Tensor, positions: Tensor, block: int, count: int) -> Tensor:
-    """bool [N, blocks]: the ``count`` best of the blocks that hold a token that is seen, the first and last always."""
-    number = torch.arange(block_scores.shape[1], device=positions.device)
+    """bool [.., N, blocks]: the ``count`` best of the blocks that hold a token that is seen, first and last always."""
+    number = torch.arange(block_scores.shape[-1], device=positions.device)
     last = positions // block
     scores = block_scores.masked_fill(number > last[:, None], NEVER)
     scores = scores.masked_fill((number == 0) | (number == last[:, None]), torch.inf)
@@ -154,7 +159,7 @@ def kept_blocks(block_scores: Tensor, positions: Tensor, block: int, count: int)
 
 
 def tokens_of(blocks: Tensor, block: int) -> Tensor:
-    return blocks.repeat_interleave(block, dim=1)
+    return blocks.repeat_interleave(block, dim=-1)
 
 
 # ---- options ---------------------------------------------------------------------------------------------------
@@ -178,16 +183,16 @@ class Option:
     of_token: int | None = 0
 
     def candidates(self, of: Scored, block: int, candidates: int, topk: int) -> Tensor:
-        """bool [N, T]: at most ``candidates`` tokens, whole blocks of ``block / finer``."""
+        """bool [.., N, T]: at most ``candidates`` tokens, whole blocks of ``block / finer``."""
         fine = block // self.finer
         scores = self.coarse(of, fine, topk)
         if self.first:
             before = kept_blocks(by_mean(of, block, topk), of.positions, block, self.first * candidates // block)
-            scores = scores.masked_fill(~before.repeat_interleave(self.finer, dim=1), NEVER)
+            scores = scores.masked_fill(~before.repeat_interleave(self.finer, dim=-1), NEVER)
         return tokens_of(kept_blocks(scores, of.positions, fine, candidates // fine), fine)
 
     def select(self, of: Scored, block: int, candidates: int, topk: int) -> Tensor:
-        """bool [N, T]: the best ``topk`` of the candidates."""
+        """bool [.., N, T]: the best ``topk`` of the candidates."""
         kept = self.candidates(of, block, candidates, topk)
         return best(of.scores.masked_fill(~kept, NEVER), topk)
 
@@ -227,16 +232,16 @@ OPTIONS = (
 def block_sparse(of: Scored, block: int, topk: int) -> Tensor:
     """Whole blocks by their mean, ``topk`` tokens in all, no second stage."""
     kept = kept_blocks(by_mean(of, block, topk), of.positions, block, max(2, topk // block))
-    return tokens_of(kept, block) & seen(of.positions, len(of.k))
+    return tokens_of(kept, block) & seen(of.positions, of.tokens)
 
 
 def recent(of: Scored, topk: int) -> Tensor:
-    """The last tokens, after the first four."""
-    token = torch.arange(len(of.k), device=of.positions.device)
-    return ((token > of.positions[:, None] - (topk - 4)) | (token < 4)) & seen(of.positions, len(of.k))
+    """The last tokens, after the first four: [N, T], the same of every indexer."""
+    token = torch.arange(of.tokens, device=of.positions.device)
+    return ((token > of.positions[:, None] - (topk - 4)) | (token < 4)) & seen(of.positions, of.tokens)
 
 
 def random(of: Scored, topk: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(of.scores.shape, generator=generator).to(of.scores.device)
-    return best(drawn.masked_fill(~seen(of.positions, len(of.k)), NEVER), topk)
+    device = of.scores.device
+    drawn = torch.rand(of.scores.shape, generator=torch.Generator(device).manual_seed(0), device=device)
+    return best(drawn.masked_fill(~seen(of.positions, of.tokens), NEVER), topk)

