@@ -237,8 +237,8 @@ def indexer_topk(
             those of negative weight, have above a threshold, which finds more of the flat selection
             (docs/fidelity.md).  "two-level" ranks outer blocks of O = B * max(1, min(4, 128 // B)) tokens by their
             means, keeps ceil(4 * m * B / O) of them, and ranks the blocks inside these as "probe" does, which costs
-            less for many tokens.  None: "paper" with k_pooled, and where the probe, 2 T / H products a query, would take more than a
-            quarter as many as the refinement, m * B; else "probe".
+            less for many tokens.  None: "paper" with k_pooled, and where the probe, 2 T / H products a query, would
+            take more than a quarter as many as the refinement, m * B; else "probe".
 
     Returns:
         ``indices`` int32 [B, S, k'] and ``scores`` float32 [B, S, k'], both contiguous.  The indices of a
