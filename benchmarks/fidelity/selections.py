@@ -56,9 +56,15 @@ def scored(q: Tensor, k: Tensor, w: Tensor, positions: Tensor) -> Scored:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Of each row the ``count`` greatest that are not ``NEVER``, as bool of the same shape."""
-    index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True) & (scores != NEVER)
+    """Of each row the ``count`` greatest that are not ``NEVER``, as bool of the same shape.
+
+    Equal ones go by ascending position, as in the operator.  They may be many: where no head fires for its mean, a
+    block scores 0, and topk takes any of these, others on a GPU than on a CPU.
+    """
+    last = scores.topk(min(count, scores.shape[-1]), dim=-1).values[..., -1:]
+    above, equal = scores > last, scores == last
+    room = count - above.sum(-1, keepdim=True)
+    return (above | (equal & (equal.cumsum(-1) <= room))) & (scores != NEVER)
 
 
 def flat(of: Scored, topk: int) -> Tensor:
