@@ -99,7 +99,10 @@ def main() -> None:
     made.add_argument("--points", nargs="+", default=list(POINTS))
     options = made.parse_args()
     rows: dict[str, dict[str, dict[str, Found]]] = {name: {} for name in DTYPES}
-    points = {point: parse_point(point) for point in options.points}
+    try:
+        points = {point: parse_point(point) for point in options.points}
+    except argparse.ArgumentTypeError as error:
+        made.error(str(error))
     for name, dtype in DTYPES.items():
         for point, (context, topk) in points.items():
             given = programs.inputs(1024, context, dtype)

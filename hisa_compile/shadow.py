@@ -109,9 +109,10 @@ def reset_shadow() -> None:
 def _site(key: tally.SiteKey, counts: list[float], sums: list[list[float]]) -> ShadowSite:
     calls, queries, pruned, sampled = map(int, counts[: tally.WORST])
     seen = (calls, queries, queries - pruned, sampled)
-    if not sampled:
-        return ShadowSite(*key, *seen)
     (total, *weighted), (surplus, *firsts), (_, *seconds) = sums
+    # Read while a call was adding: counted already, and its figures are yet to come.
+    if not sampled or not total:
+        return ShadowSite(*key, *seen)
     means = [x / total for x in weighted]
     errors = []
     for mean, first, second in zip(means, firsts, seconds, strict=True):
@@ -153,7 +154,7 @@ def prepare(report: Report, values: Iterable[Any]) -> None:
 
 @dataclass(frozen=True)
 class CapturedCall:
-    """One call: its site, and copies of its arguments as :func:`hisa_compile.fidelity` takes them."""
+    """One call: its site, and copies of its arguments, on the CPU, as :func:`hisa_compile.fidelity` takes them."""
 
     site: str
     budget: Budget
@@ -165,8 +166,8 @@ def capture_calls(limit: int | None = None) -> Iterator[list[CapturedCall]]:
     """Keep the tensors of sites in shadow mode: a list that grows with each call inside the ``with``.
 
     ``hisa_compile.fidelity(**call.arguments)`` and ``recommend_budget`` take what a call has.  Replays of a CUDA graph
-    are not seen, since the host makes no call; a call's keys and queries are copied, so that ``limit`` calls, or all
-    that there are, had better fit on the device.
+    are not seen, since the host makes no call.  A call's keys and queries are copied to the CPU, for which the host
+    waits: on a GPU the calls that warm a CUDA graph up have memory that nothing may keep.
 
     Raises:
         ValueError, TypeError: ``limit`` is no integer of at least 1.
@@ -177,7 +178,7 @@ def capture_calls(limit: int | None = None) -> Iterator[list[CapturedCall]]:
     def listener(key: tally.SiteKey, given: dict[str, Any]) -> None:
         if limit is None or len(calls) < limit:
             kept = {name: x for name, x in given.items() if x is not None and name not in _OF_THE_RESULT}
-            copies = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in kept.items()}
+            copies = {name: x.to("cpu", copy=True) if isinstance(x, torch.Tensor) else x for name, x in kept.items()}
             calls.append(CapturedCall(key.site, key.budget, copies))
 
     LISTENERS.append(listener)

@@ -140,6 +140,25 @@ def test_calls_add_up_and_count_for_as_many_queries_as_they_prune() -> None:
     assert worst < site.recall < 1
 
 
+def test_keys_without_dims_are_compared() -> None:
+    """More sequences than queries to compare, so that keys are copied, which have no bytes."""
+    q, k, weights = torch.zeros(3, 2, 1, 0), torch.zeros(3, 64, 0), torch.ones(3, 2, 1)
+    call = Call(q, k, weights, 4, {"block_size": 4, "block_topk": 3})
+    assert torch.equal(operator_call(call, 1)[0], call.run(OPERATOR)[0])
+
+
+def test_a_report_that_meets_half_an_addition_has_no_figures_yet() -> None:
+    """A thread may read while another has counted a query and not yet added its figures."""
+    call = Call(*smooth(), 16, {"block_size": 16, "block_topk": 4})
+    operator_call(call, 4)
+    ((_, sums),) = tally._tallies.items()
+    sums[tally.WORST + 1 :].zero_()
+    site = only_site()
+    assert site.sampled > 0
+    assert (site.recall, site.iou) == (1.0, 1.0)
+    reset_shadow()
+
+
 def test_one_query_alone_has_no_error() -> None:
     """Of several it says nothing of how they differ; of one it is all there is."""
     q, k, weights = smooth(queries=4, batch=1)

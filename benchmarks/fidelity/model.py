@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,6 +163,9 @@ def tokenizer() -> Any:
     kept = sources.cache() / "tokenizer"
     if not kept.exists():
         path = sources.weights_file()
-        # It takes longer to make than all else of a small measurement.
-        transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(kept)
+        # It takes longer to make than all else of a small measurement.  Kept only once it is whole.
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            made = Path(folder) / kept.name
+            transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(made)
+            made.replace(kept)
     return transformers.AutoTokenizer.from_pretrained(kept)

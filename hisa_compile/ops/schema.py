@@ -228,10 +228,10 @@ def indexer_topk(
         k_weight: float32 [B, T] of any sign, multiplies the token's score (dequantisation after the ReLU).
         k_pooled: [B, M, D], M = ceil(T / B) for the budget's B, the blocks' means as :func:`pool_keys` gives them, in
             k's dtype, bfloat16 for float8.  Any strides.  With "two-level" those of its outer blocks, M = ceil(T / O).
-            Blocks are then ranked by these, and the keys are not averaged, which reads all T of them.  Whether they
-            are the keys' means is the caller's affair: others, older ones say, change which blocks are kept and nothing
-            else.  The mean of a block with no visible token never matters.  Where T <= m * B all blocks are kept, and
-            the means are checked but not read.
+            Blocks, or outer ones, are then ranked by these, and the keys are not averaged, which reads all T of them.
+            Whether they are the keys' means is the caller's affair: others, older ones say, change which blocks are
+            kept and nothing else.  The mean of a block with no visible token never matters.  Where T <= m * B all
+            blocks are kept, with "two-level" where all outer ones are, and the means are checked but not read.
         coarse: "paper" ranks blocks by the sum above on the mean of |k_weight| * k_scale * k over their valid keys.
             "probe" ranks them by what their visible tokens' scores with two heads, which add up those of positive and
             those of negative weight, have above a threshold, which finds more of the flat selection

@@ -58,7 +58,9 @@ def _run(site: str, sample: int, every: int, *args: Any, **kwargs: Any) -> tuple
         for listener in list(LISTENERS):
             listener(key, given)
     if captured or tally.takes_turn(key, every):
-        _record(tally.tally_of(key, q.device), zlib.crc32(site.encode()), sample, budget, given, selection)
+        sums = tally.tally_of(key, q.device)
+        with tally.adding(q.device):
+            _record(sums, zlib.crc32(site.encode()), sample, budget, given, selection)
     return selection
 
 
@@ -144,7 +146,7 @@ def _flat(given: dict[str, Any], entries: Tensor, rows: Tensor) -> tuple[Tensor,
     options |= {name: _taken(x, entries[:, None], rows) for name, x in by_query.items()}
     if len(entries) == len(k):
         return run(**options, **by_token)
-    step = max(1, KEY_BYTES // (k[0].numel() * k.element_size()))
+    step = max(1, KEY_BYTES // max(1, k[0].numel() * k.element_size()))
     parts = []
     for start in range(0, len(entries), step):
         part = slice(start, start + step)

@@ -8,6 +8,7 @@ sum(w)^2 with a = w (w - 1), which is 0 where every query is drawn.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import threading
@@ -56,7 +57,20 @@ def tally_of(key: SiteKey, device: torch.device) -> Tensor:
     with _lock, torch.inference_mode(False):
         if (key, device) not in _tallies:
             _tallies[key, device] = _cleared(torch.empty(5 + math.prod(SUMS), dtype=torch.float64, device=device))
+            if device.type == "cuda":
+                # Whichever stream adds to it first.
+                torch.cuda.synchronize(device)
         return _tallies[key, device]
+
+
+@contextlib.contextmanager
+def adding(device: torch.device) -> Iterator[None]:
+    """Inside it a call adds to tallies: on a CPU one thread at a time, on a GPU in the order of the stream."""
+    if device.type == "cpu":
+        with _lock:
+            yield
+    else:
+        yield
 
 
 def takes_turn(key: SiteKey, every: int) -> bool:
@@ -85,8 +99,12 @@ def read() -> dict[SiteKey, tuple[list[float], list[list[float]]]]:
     with _lock:
         tallies = list(_tallies.items())
     found: dict[SiteKey, Tensor] = {}
-    for (key, _), tally in tallies:
-        here = tally.cpu()
+    for (key, device), tally in tallies:
+        if device.type == "cuda":
+            # The current stream need not be the one that adds to it.
+            torch.cuda.synchronize(device)
+        with adding(device):
+            here = tally.to("cpu", copy=True)
         if key in found:
             both = found[key] + here
             both[WORST] = found[key][WORST].minimum(here[WORST])

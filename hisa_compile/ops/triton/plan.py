@@ -123,9 +123,9 @@ class Plan:
                 # The query in the means' dtype.
                 row_bytes += 2 * heads * dim
             if self.outer is not None:
-                # Which outer blocks a row keeps, and its share of the list of those that its group does.
-                group = min(self.probe_tiles.rows, queries)
-                row_bytes += self.outer.blocks + 4 * cdiv(self.outer.blocks, group) + 4
+                # Which outer blocks a row keeps, and its share of the lists of those that its groups do.
+                lists = cdiv(queries, self.probe_tiles.rows)
+                row_bytes += self.outer.blocks + cdiv(4 * lists * self.outer.blocks, queries) + 4
         if not self.one_tile:
             # Candidates, the guess, two counts a segment.
             row_bytes += 4 * config.SELECT_TILE + 4 + 8 * self.segments

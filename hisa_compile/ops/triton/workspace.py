@@ -15,7 +15,7 @@ from .plan import Plan
 class Workspace:
     """Buffers as large as the first chunk needs, which is the largest.
 
-    score_bits int32 [rows, pitch]: scores of the probe's sample, then of blocks, then of candidates, as
+    score_bits int32 [rows, pitch]: scores of outer blocks, then of the probe's sample, of blocks, of candidates, as
         :func:`.keys.score_bits` says.
     kept, kept_flag: the kept blocks, see :func:`.select.select_blocks_kernel`; none where every block is kept.
     counts, rank, pairs, items: the pairs by block, see :mod:`.group`, where they are listed.
