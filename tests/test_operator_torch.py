@@ -68,7 +68,7 @@ SAMPLES = {
     "probe of float8": sample(FLOAT8, layout="strided", coarse="probe"),
     "probe with every option": sample(**{n: x for n, x in every_option().items() if n != "k_pooled"}, coarse="probe"),
     "two levels": sample(shape=(2, 3, 300, 2, 8), coarse="two-level"),
-    "two levels with given means": sample(shape=(2, 3, 300, 2, 8), k_pooled=torch.ones(2, 3, 8), coarse="two-level"),
+    "two levels with given means": sample(shape=(2, 3, 300, 2, 8), k_pooled=torch.ones(2, 19, 8), coarse="two-level"),
     "probe of no token": sample(shape=(2, 3, 0, 2, 8), coarse="probe"),
     "derived budget": Call(*sample()[:3], 5, {}),
     "no batch": sample(shape=(0, 3, 40, 2, 8)),
