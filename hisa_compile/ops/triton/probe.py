@@ -222,16 +222,11 @@ def probe_sample_kernel(
         first_row, rows_per_batch, S, T, ROWS,
     )  # fmt: skip
     segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query)
-    if valid_ptr is not None:
-        valid_ptr += batch * valid_sb
-    if mask_ptr is not None:
-        mask_ptr += batch * mask_sb
-    if k_segment_ptr is not None:
-        k_segment_ptr += batch * k_segment_sb
-    if scale_ptr is not None:
-        scale_ptr += batch * scale_sb
-    if k_weight_ptr is not None:
-        k_weight_ptr += batch * k_weight_sb
+    valid_ptr = of_batch(valid_ptr, valid_sb, batch)
+    mask_ptr = of_batch(mask_ptr, mask_sb, batch)
+    k_segment_ptr = of_batch(k_segment_ptr, k_segment_sb, batch)
+    scale_ptr = of_batch(scale_ptr, scale_sb, batch)
+    k_weight_ptr = of_batch(k_weight_ptr, k_weight_sb, batch)
     number = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     token = number.to(tl.int64) * stride + number * JITTER % stride
     exists = (number < size) & (token < T)
@@ -296,6 +291,21 @@ def sees_outer(outer, start, end, OUTER_SIZE: tl.constexpr):
 
 
 @triton.jit
+def worth(total, best, threshold, cap):
+    """What blocks are worth: ``total`` shares of the cap, and half of what the best has above the threshold."""
+    above = best - threshold
+    return tl.where(above > 0.0, total * cap + above * 0.5, above)
+
+
+@triton.jit
+def of_batch(pointer, stride, batch):
+    """``pointer`` at a batch's values; None where there are none."""
+    if pointer is not None:
+        pointer += batch * stride
+    return pointer
+
+
+@triton.jit
 def greater(a, b):
     """The greater of two, NaN where one is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -344,16 +354,11 @@ def probe_blocks_kernel(
         first_row, rows_per_batch, S, T, ROWS,
     )  # fmt: skip
     segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query)
-    if valid_ptr is not None:
-        valid_ptr += batch * valid_sb
-    if mask_ptr is not None:
-        mask_ptr += batch * mask_sb
-    if k_segment_ptr is not None:
-        k_segment_ptr += batch * k_segment_sb
-    if scale_ptr is not None:
-        scale_ptr += batch * scale_sb
-    if k_weight_ptr is not None:
-        k_weight_ptr += batch * k_weight_sb
+    valid_ptr = of_batch(valid_ptr, valid_sb, batch)
+    mask_ptr = of_batch(mask_ptr, mask_sb, batch)
+    k_segment_ptr = of_batch(k_segment_ptr, k_segment_sb, batch)
+    scale_ptr = of_batch(scale_ptr, scale_sb, batch)
+    k_weight_ptr = of_batch(k_weight_ptr, k_weight_sb, batch)
     k_ptr += batch * k_sb
     BLOCKS: tl.constexpr = TILE // PADDED_BLOCK if PADDED_BLOCK < TILE else 1
     PARTS: tl.constexpr = PADDED_BLOCK // TILE if PADDED_BLOCK > TILE else 1
@@ -429,8 +434,7 @@ def probe_blocks_kernel(
             best = greater(tl.where(begins, -_INF, best), greatest)
             eligible = tl.maximum(tl.where(begins, 0, eligible), some)
         if PARTS == 1 or i % PARTS == PARTS - 1:
-            above = best - threshold
-            scores = tl.where(above > 0.0, total * cap + above * 0.5, above)
+            scores = worth(total, best, threshold, cap)
             shown = eligible != 0
             if listed_ptr is not None:
                 touched = sees_outer(outer, start, end, OUTER_SIZE)

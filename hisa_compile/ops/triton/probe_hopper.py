@@ -14,7 +14,7 @@ from .group import clear_counts
 from .hopper import barrier
 from .keys import score_bits
 from .overlap import wait_for_kernel_before
-from .probe import difference_of_relus, greater, inverse_of, sees_outer, share_of_cap
+from .probe import difference_of_relus, greater, inverse_of, sees_outer, share_of_cap, worth
 from .visible import row_window
 
 
@@ -191,8 +191,7 @@ def probe_blocks_hopper_kernel(
                     total = gl.where(begins, 0.0, total) + shares
                     best = greater(gl.where(begins, float("-inf"), best), greatest)
                     eligible = gl.maximum(gl.where(begins, 0, eligible), sees)
-                above = best - threshold
-                scores = gl.where(above > 0.0, total * cap + above * 0.5, above)
+                scores = worth(total, best, threshold, cap)
                 shown = eligible != 0
                 ends = (i % PARTS == PARTS - 1) & (base + stage <= last)
                 if listed_ptr is not None:
