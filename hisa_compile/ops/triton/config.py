@@ -114,9 +114,10 @@ class Launch(NamedTuple):
     programs: int = 1
 
 
-def _shape(kernel: str, tiles: Tiles, dtype: torch.dtype, dim: int) -> Shape:
+def _shape(kernel: str, tiles: Tiles | None, dtype: torch.dtype, dim: int) -> Shape:
+    """``tiles``: None of a kernel that knows no heads."""
     padded_dim = min(max(16, power_of_2(dim)), 256)
-    return Shape(kernel, dtype.itemsize, tiles.padded_heads, padded_dim)
+    return Shape(kernel, dtype.itemsize, None if tiles is None else tiles.padded_heads, padded_dim)
 
 
 # Launches of scoring kernels take their warps from the tiles, not from the table: they decide a score's bits.
@@ -135,9 +136,7 @@ def probe_launch(
     tiles: ProbeTiles, dtype: torch.dtype, dim: int, architecture: Architecture, hopper: bool = False
 ) -> Launch:
     """``hopper``: of the version for sm_90."""
-    padded_dim = min(max(16, power_of_2(dim)), 256)
-    kernel = "probe_blocks_hopper" if hopper else "probe_blocks"
-    row = lookup(Shape(kernel, dtype.itemsize, dim=padded_dim), architecture)
+    row = lookup(_shape("probe_blocks_hopper" if hopper else "probe_blocks", None, dtype, dim), architecture)
     # A loop over parts of D has tiles of its own in flight.
     stages = 1 if dim > tiles.tile_dim else row.stages
     return Launch(stages, tiles.num_warps, row.maxnreg, programs=row.programs or MANY_PROBE_PROGRAMS)
