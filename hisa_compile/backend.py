@@ -8,6 +8,7 @@ Logging: logger ``hisa_compile``.  INFO has one line per compiled graph, DEBUG a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def hisa_backend(
     else:
         compiled, sites = compile_eager(gm, parsed.settings) if selects else (gm.forward, [])
     report = Report(tuple(sites))
-    shadow.prepare(report, [*example_inputs, *gm.parameters(), *gm.buffers()])
+    shadow.prepare(report, itertools.chain(example_inputs, gm.parameters(), gm.buffers()))
     history.remember(report)
     log.info("%s (base %s, %s)", report.summary(), parsed.base, parsed.settings)
     log.debug("%s", report)
