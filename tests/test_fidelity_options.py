@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.fidelity import options
 from benchmarks.fidelity.options import Row, behind, merged, quality, side_by_side, times
+from benchmarks.fidelity.selections import OPTIONS
 
 PAPER, HALF, PROBE = Row("paper", 1, "paper: one mean"), Row("probe", 2, "probe, B/2"), Row("probe", 1, "probe")
 OVERLAP = {
@@ -34,6 +35,11 @@ COARSE = {
         }
     },
 }
+
+
+def test_every_row_is_an_option_of_the_harness() -> None:
+    """Another name would leave its figures out without a word."""
+    assert {row.name for row in options.ROWS} <= {option.name for option in OPTIONS}
 
 
 def test_quality_and_time_of_an_option_meet_in_its_row() -> None:

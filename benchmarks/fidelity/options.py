@@ -25,7 +25,6 @@ from hisa_compile.ops.coarse import COARSE_STAGES
 
 from ..harness import command, machine, parser, table, write
 from .overlap import BLOCK
-from .selections import OPTIONS
 
 # What a block of the harness is at the length that is timed.
 TIMED_BLOCK, TIMED_POINT = 128, "64Kx4096"
@@ -64,9 +63,6 @@ ROWS = (
 # Quality at these compressions; the second is the one of the picture.
 QUALITY = (("centred", 4), ("centred", 16), ("distilled", 4))
 Figures = dict[Row, dict[str, float]]
-
-
-assert {row.name for row in ROWS} <= {option.name for option in OPTIONS}
 
 
 def read(path: Path) -> Any:
