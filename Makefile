@@ -13,13 +13,16 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.hisa_compile-installed
+# The oldest Triton that kernels have to compile with (torch 2.11's), beside the tested one.
+OLD_TRITON := $(VENV)/triton-3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check fidelity clean
+.PHONY: help demo test test-old-triton test-slow check fidelity clean
 
 help:
 	@echo "make demo   install into $(VENV), then compile a small DeepSeek-V3.2 with HISA (examples/quickstart.py)"
 	@echo "make test   install into $(VENV), then run the test suite (GPU tests skip without a GPU)"
+	@echo "make test-old-triton  compile the kernels of sm_90 with the oldest Triton that is supported"
 	@echo "make test-slow  every model and case, ten thousand programs, a sweep: several hours on 2 cores"
 	@echo "make check  install into $(VENV), then run ruff and mypy"
 	@echo "make fidelity  what HISA costs a real model: fetches one and long texts (150 MB), measures, draws"
@@ -34,6 +37,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@echo "== running the test suite, a quarter of an hour on 2 cores"
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-old-triton: $(OLD_TRITON)
+	@echo "== compiling the kernels with $(notdir $(OLD_TRITON))"
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -c 'import triton; assert f"triton-{triton.__version__}" == "$(notdir $(OLD_TRITON))"'
+	PYTHONPATH=$(OLD_TRITON) $(PYTEST) tests/test_triton_compile.py $(PYTEST_ARGS) -k "sm_90 or awkward"
 
 test-slow: $(INSTALLED)
 	@echo "== running the slow tests: every model with every case, thousands of programs and near misses, a sweep"
@@ -62,3 +70,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
+
+$(OLD_TRITON): $(INSTALLED)
+	@echo "== installing into $(OLD_TRITON)"
+	rm -rf $@ $@.new
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.new $(subst -,==,$(notdir $@))
+	mv $@.new $@

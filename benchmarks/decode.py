@@ -29,8 +29,6 @@ from typing import Any
 
 import torch
 
-import hisa_compile
-
 from . import programs
 from .harness import (
     FP8,
@@ -92,11 +90,6 @@ def decode_inputs(batch: int, context: int, dtype: torch.dtype, seed: int) -> In
     return given | {"window_end": given["window_end"].expand(batch, 1).contiguous()}
 
 
-def with_means(given: Inputs) -> Inputs:
-    means = hisa_compile.pool_keys(given["k"], BLOCK_SIZE, k_scale=given.get("k_scale"))
-    return given | {"k_pooled": means}
-
-
 def graphed(given: list[Inputs]) -> list[Call]:
     """torch.compile of the flat program on several sets of inputs, compiled once."""
     torch._dynamo.reset()
@@ -133,7 +126,7 @@ def measure_point(batch: int, context: int) -> dict[str, Found]:
 
     for dtype, name in ((FP8, HISA_FP8), (torch.bfloat16, HISA)):
         given = [decode_inputs(batch, context, dtype, seed) for seed in range(sets_of(batch, context))]
-        pooled = [with_means(each) for each in given]
+        pooled = [programs.with_representatives(each) for each in given]
         timed(name, lambda pooled=pooled: graph_ms([programs.hisa(each) for each in pooled]))
     timed(FLAT, lambda: graph_ms([programs.every_block(each) for each in given]))
     timed(GRAPHED, lambda: graph_ms(graphed(given)))

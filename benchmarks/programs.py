@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 import hisa_compile
+from hisa_compile.ops.coarse import size_of_means
 
 from .harness import FP8, Call
 
 HEADS, DIM, TOPK, BLOCK_SIZE, BLOCK_TOPK = 64, 128, 2048, 128, 64
 SIZES = f"H = {HEADS}, D = {DIM}, topk = {TOPK}, B = {BLOCK_SIZE}, m = {BLOCK_TOPK}"
 Inputs = dict[str, Any]
+# Queries that lie together and may be alike.
+RUN = 64
 
 
 def inputs(
@@ -28,8 +31,13 @@ def inputs(
     device: str = "cuda",
     heads: int = HEADS,
     dim: int = DIM,
+    alike: float = 0.0,
 ) -> Inputs:
-    """Gaussian values; the queries are the last of the context, float8 keys have a scale a token."""
+    """Gaussian values; the queries are the last of the context, float8 keys have a scale a token.
+
+    ``alike``: the correlation between the RUN queries of a run, and their weights.  Without it queries are independent,
+    which no model's are.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -39,12 +47,26 @@ def inputs(
     q = torch.empty(batch, queries, heads, dim, dtype=torch.bfloat16, device=device)
     q.normal_(generator=generator)
     k, weights = normal(batch, context, dim), normal(batch, queries, heads)
+    if alike:
+        runs = -(-queries // RUN)
+        for own in (q, weights):
+            common = normal(batch, runs, *own.shape[2:]).repeat_interleave(RUN, 1)[:, :queries]
+            own.mul_((1 - alike) ** 0.5).add_(alike**0.5 * common)
     found: Inputs = {"weights": weights}
     if dtype == FP8:
         found["k_scale"] = k.abs().amax(-1) / torch.finfo(FP8).max
         k = k / found["k_scale"][..., None]
     end = torch.arange(context - queries + 1, context + 1, device=device, dtype=torch.int32)
     return found | {"q": q.to(dtype), "k": k.to(dtype), "window_end": end}
+
+
+def with_representatives(given: Inputs, stage: str = "paper", block_size: int = BLOCK_SIZE) -> Inputs:
+    """With what a cache keeps of blocks beside its keys, for a coarse stage that reads any."""
+    if stage == "probe":
+        return given
+    size = size_of_means(stage, block_size)
+    pooled = hisa_compile.pool_keys(given["k"], size, k_scale=given.get("k_scale"), spread=stage == "spread")
+    return given | {"k_pooled": pooled}
 
 
 def hisa(

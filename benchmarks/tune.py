@@ -48,7 +48,7 @@ from hisa_compile.ops.triton import config, configurations, gpu
 from hisa_compile.ops.triton.configurations import DEFAULT, FIELDS, WIDE, Architecture, Configuration, Shape
 
 from . import programs
-from .decode import size, with_means
+from .decode import size
 from .harness import FP8, Call, K, command, kernels_ms, machine, table
 
 DTYPES = {"fp8": FP8, "bf16": torch.bfloat16}
@@ -65,7 +65,6 @@ FLUSH_BYTES = 256 * 2**20
 # Kernels whose times tell about a row of the table.
 BY_BLOCK = ("refine_by_block_kernel", "refine_by_block_hopper_kernel")
 MEASURED = {name: (f"{name}_kernel",) for name in FIELDS} | {
-    "refine_by_block_hopper_64": BY_BLOCK[1:],
     "by_block_groups": (*BY_BLOCK, "list_items_kernel", "sort_pairs_kernel"),
     # Of rows longer than one tile, too; among their sample as in a row of that length.
     "select_tokens": (
@@ -83,8 +82,7 @@ VARIATIONS: dict[str, tuple[dict[str, int | None], ...]] = {
     "probe_blocks": ({"stages": 2}, {"stages": 3}, {"programs": 528}, {"programs": 1584}),
     "probe_blocks_hopper": ({"stages": 4}, {"maxnreg": 128}, {"programs": 528}, {"programs": 1584}),
     "refine_by_block": ({"stages": 2}, {"stages": 3}, {"maxnreg": None}, {"maxnreg": 128}),
-    "refine_by_block_hopper": ({"stages": 3}, {"maxnreg": 128}, {"maxnreg": 168}),
-    "refine_by_block_hopper_64": ({"stages": 2}, {"stages": 3}, {"stages": 4}, {"maxnreg": 80}, {"maxnreg": 128}),
+    "refine_by_block_hopper": ({"stages": 3}, {"maxnreg": 96}, {"maxnreg": 128}, {"maxnreg": 168}),
     "by_block_groups": ({"programs": 4096}, {"programs": 1024, "most_rows": 64}),
     "refine_by_row": ({"stages": 2}, {"stages": 3}, {"stages": 4}, {"programs": 512}),
     "select_blocks": ({"num_warps": 1}, {"num_warps": 2}, {"num_warps": 4}),
@@ -137,7 +135,7 @@ def make(case: Case) -> Call:
         given = programs.inputs(1, context, dtype, batch, heads=heads, dim=dim)
         # A window a row, as sequences of different length need.
         given |= {"window_end": given["window_end"].expand(batch, 1).contiguous()}
-        return programs.hisa(with_means(given))
+        return programs.hisa(programs.with_representatives(given))
     given = programs.inputs(QUERIES, CONTEXT, dtype, heads=heads, dim=dim)
     if case.kind == EVERY:
         return programs.every_block(given)

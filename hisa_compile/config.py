@@ -40,11 +40,11 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     """Split and check the ``options`` of ``torch.compile``.
 
     ``hisa.block_size`` (B, at least 1), ``hisa.block_topk`` (m, at least 2): the budget; None or absent =
-    derived from the indexer's topk.  ``hisa.coarse``: what blocks are ranked by, "paper", "probe" or "two-level"; None
-    or absent = chosen by what the probe would cost.  ``hisa.scope``: "all" or "marked".  ``hisa.base``: "inductor",
-    "aot_eager" or "eager".  ``hisa.shadow``: how many queries a call of each site are compared with the flat selection
-    (see :func:`hisa_compile.shadow_report`), at least 1; None or absent = none.  ``hisa.shadow_every``: only one in so
-    many calls that the host makes does so; 1 if absent.
+    derived from the indexer's topk.  ``hisa.coarse``: what blocks are ranked by, "paper", "spread", "probe" or
+    "two-level"; None or absent = chosen by what the probe would cost.  ``hisa.scope``: "all" or "marked".
+    ``hisa.base``: "inductor", "aot_eager" or "eager".  ``hisa.shadow``: how many queries a call of each site are
+    compared with the flat selection (see :func:`hisa_compile.shadow_report`), at least 1; None or absent = none.
+    ``hisa.shadow_every``: only one in so many calls that the host makes does so; 1 if absent.
 
     Raises:
         ValueError: an unknown ``hisa.`` key, a value out of range, or Inductor options with another base.

@@ -54,7 +54,7 @@ def hisa(
 
     Args:
         block_size, block_topk, coarse: the budget of indexers in the region, and what blocks are ranked by, "paper",
-            "probe" or "two-level"; None = as the backend's options say.
+            "spread", "probe" or "two-level"; None = as the backend's options say.
         shadow: how many queries a call of indexers in the region are compared with the flat selection, at least 1
             (see :func:`hisa_compile.shadow_report`); None = as the backend's options say.
         enabled: False leaves the region's indexers flat.

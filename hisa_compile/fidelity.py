@@ -19,7 +19,7 @@ from torch import Tensor
 from .config import check_budget
 from .ops import Budget, Visibility, indexer_topk, pool_keys, resolve_budget
 from .ops.budget import LARGEST_DEFAULT_BLOCK, SMALLEST_BLOCK_TOPK
-from .ops.coarse import PAPER, TWO_LEVEL, outer_of, outer_size, resolve_coarse, size_of_means
+from .ops.coarse import SPREAD, TWO_LEVEL, outer_of, outer_size, probes, resolve_coarse, size_of_means, vectors_of_block
 from .ops.compare import compare
 from .ops.seen import Seen, count_visible
 from .ops.validate import check_arguments
@@ -49,9 +49,10 @@ class Fidelity:
     exact_share: share of the sampled queries with the flat selection.
     cost: keys scored a query, tokens and block means together: as many dot products a head.  Exact mean over all
         queries that see more than topk tokens, sampled or not: visible tokens where these fit in block_topk blocks,
-        else block_size * block_topk, plus for "paper" the blocks that hold a visible token, for "probe" 2 / H of the
-        visible tokens: two dot products each, shared out among the H heads; for "two-level" the outer blocks that hold
-        one, and 2 / H of the visible tokens up to those of the kept outer blocks.  0 if there is no such query.
+        else block_size * block_topk, plus for "paper" the blocks that hold a visible token, for "spread" two times as
+        many, for "probe" 2 / H of the visible tokens: two dot products each, shared out among the H heads; for
+        "two-level" the outer blocks that hold one, and 2 / H of the visible tokens up to those of the kept outer
+        blocks.  0 if there is no such query.
     flat_cost: the mean number of tokens that these queries see.
     """
 
@@ -299,7 +300,7 @@ def _cost(seen: Seen, heads: int, budget: Budget, stage: str, outer: Budget | No
         return 0.0, 0.0
     blocks, tokens = seen.blocks[budget.block_size].double(), seen.tokens.double()
     share = 2 / max(heads, 1)
-    coarse = blocks if stage == PAPER else tokens * share
+    coarse = tokens * share if probes(stage) else blocks * vectors_of_block(stage)
     if outer is not None:
         coarse = seen.blocks[outer.block_size] + tokens.clamp_max(outer.candidates) * share
     scored = torch.where(blocks > budget.block_topk, coarse + budget.candidates, tokens)
@@ -361,19 +362,19 @@ class _Capture:
         q, k, weights = _rows_of(self.q[one], rows), self.k[one], _rows_of(self.weights[one], rows)
         options: dict[str, Any] = self._options(entry, rows) | budget._asdict()
         options["coarse"] = self.stage(budget)
-        if means is not None and (options["coarse"] == PAPER or self.outer(budget)):
+        if means is not None and (not probes(options["coarse"]) or self.outer(budget)):
             size = size_of_means(options["coarse"], budget.block_size)
             if size not in means:
-                means[size] = self._means(entry, size)
+                means[size] = self._means(entry, size, options["coarse"] == SPREAD)
             options["k_pooled"] = means[size]
         indices, scores = indexer_topk(q, k, weights, self.topk, **options)
         return indices[0], scores[0]
 
-    def _means(self, entry: int, block_size: int) -> Tensor:
+    def _means(self, entry: int, block_size: int, spread: bool) -> Tensor:
         names = ("key_valid", "k_scale", "k_weight")
         one = slice(entry, entry + 1)
         factors = {name: x[one] for name, x in self._by_token.items() if name in names}
-        return pool_keys(self.k[one], block_size, **factors)
+        return pool_keys(self.k[one], block_size, **factors, spread=spread)
 
     def count(self, block_sizes: Sequence[int]) -> Seen:
         """What every query sees."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from hisa_compile import history
 from hisa_compile.ops import tally
@@ -19,3 +22,11 @@ def no_shadow_sites() -> None:
     """Sites of shadow mode stay as long as the process does."""
     tally._tallies.clear()
     tally._turns.clear()
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing is compiled before, and nothing stays behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -44,7 +44,7 @@ from triton_cases import DEVICE, FP8, Case, assert_equal, call, canonical, launc
 
 from hisa_compile.ops import reference
 from hisa_compile.ops import triton as package
-from hisa_compile.ops.triton import config, gpu, launch
+from hisa_compile.ops.triton import config, gpu, launch_pool
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 # Options that not every version has.  Padding: what is behind an allocation belongs to none.
@@ -87,6 +87,8 @@ CASES: dict[str, tuple[Sizes, torch.dtype, dict[str, Any]]] = {
     "pruned, plain, bfloat16": (BY_BLOCK, torch.bfloat16, PLAIN),
     "pruned, plain, float8, everything": (BY_BLOCK, FP8, {"everything": True} | PLAIN),
     "pruned, plain, float8, whole tiles": (WHOLE_TILES, FP8, PLAIN),
+    "pruned by spreads, bfloat16": (BY_BLOCK, torch.bfloat16, {"coarse": "spread"}),
+    "pruned by spreads, float8, everything": (BY_BLOCK, FP8, {"everything": True, "coarse": "spread"}),
     "pruned by the probe, bfloat16": (BY_BLOCK, torch.bfloat16, {"coarse": "probe"}),
     "pruned by the probe, float8": (BY_BLOCK, FP8, {"coarse": "probe"}),
     "pruned by the probe, float8, everything": (BY_BLOCK, FP8, {"everything": True, "coarse": "probe"}),
@@ -148,7 +150,7 @@ def make(sizes: Sizes, dtype: torch.dtype, how: dict[str, Any]) -> Case:
         case["k_scale"] = torch.tensor([0.5, 1.0, 2.0, -1.0])[token * 7 // 3 % 4].to(DEVICE)
         case["k_weight"] = torch.tensor([1.0, -2.0, 0.5])[token // 2 % 3].to(DEVICE)
     if how.get("pooled"):
-        case["k_pooled"] = launch.pool_keys_triton(case["k"], sizes.block_size, None, None, None)
+        case["k_pooled"] = launch_pool.pool_keys_triton(case["k"], sizes.block_size, None, None, None)
     return case | {name: how[name] for name in ("sorted", "mark_hidden", "coarse") if name in how}
 
 

@@ -15,7 +15,7 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
-from hisa_compile.ops.coarse import COARSE_STAGES, PROBE, size_of_means
+from hisa_compile.ops.coarse import COARSE_STAGES, PROBE, size_of_means, vectors_of_block
 from hisa_compile.ops.reference import pooled_dtype
 
 FLOAT8 = torch.float8_e4m3fn
@@ -74,7 +74,7 @@ def relayout(x: Tensor, layout: str) -> Tensor:
     return x.contiguous()
 
 
-def spread(x: Tensor, layout: str) -> Tensor:
+def in_layout(x: Tensor, layout: str) -> Tensor:
     """x of [B, T] in another layout: the same values, or where ``expanded`` those of its first row."""
     if layout == "expanded":
         return x[:1].expand(x.shape)
@@ -108,10 +108,11 @@ def with_means(call: Call, seed: int, layout: str = "contiguous") -> Call:
     """
     generator = torch.Generator().manual_seed(seed)
     batch, tokens, dim = call.k.shape
-    blocks = -(-tokens // size_of_means(call.options.get("coarse"), call.options["block_size"]))
-    means = integers(generator, -3, 3, batch, blocks, dim).float()
+    stage = call.options.get("coarse")
+    blocks = -(-tokens // size_of_means(stage, call.options["block_size"]))
+    means = integers(generator, -3, 3, batch, blocks, dim * vectors_of_block(stage)).float()
     means[integers(generator, 0, 15, batch, blocks) == 0] = float("nan")
-    if call.options.get("coarse") == PROBE:
+    if stage == PROBE:
         call = call.with_options(coarse=None)
     return call.with_options(k_pooled=relayout(means.to(pooled_dtype(call.k.dtype)), layout))
 
@@ -217,5 +218,5 @@ def calls(
     q, k, weights = (relayout(x, draw(st.sampled_from(layouts))) for x in (q, k, weights))
     for name in ("k_segment", "k_weight"):
         if name in options and len(layouts) > 1:
-            options[name] = spread(options[name], draw(st.sampled_from(("contiguous", "strided", "expanded"))))
+            options[name] = in_layout(options[name], draw(st.sampled_from(("contiguous", "strided", "expanded"))))
     return Call(q, k, weights, topk, options)

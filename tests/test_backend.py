@@ -23,11 +23,7 @@ from hisa_compile.passes.inductor_pass import RewritePass, compose
 BASES = ("inductor", "aot_eager", "eager")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model, **options):

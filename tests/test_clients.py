@@ -39,11 +39,7 @@ LENGTH = {name: 128 if "V4" in name or "glm5" in name else 32 for name in CLIENT
 PRUNES = {"hisa.block_size": 2, "hisa.block_topk": 4}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():  # type: ignore[no-untyped-def]
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(run: Any, options: dict[str, Any], dynamic: bool | None = None, base: str = "aot_eager") -> Any:

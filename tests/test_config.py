@@ -51,11 +51,11 @@ def test_a_budget_out_of_range_is_a_value_error(key, value):
         parse_options({key: value})
 
 
-def test_a_coarse_stage_is_one_of_three_or_left_open():
+def test_a_coarse_stage_is_one_of_four_or_left_open():
     """The message names the key, what it got and what there is."""
-    for stage in ("paper", "probe", "two-level", None):
+    for stage in ("paper", "spread", "probe", "two-level", None):
         assert parse_options({"hisa.coarse": stage}).settings == PassSettings(coarse=stage)
-    expected = r"expected None or one of 'paper', 'probe', 'two-level'$"
+    expected = r"expected None or one of 'paper', 'spread', 'probe', 'two-level'$"
     with pytest.raises(ValueError, match=rf"^hisa\.coarse: got 'mean', {expected}"):
         parse_options({"hisa.coarse": "mean"})
     with pytest.raises(TypeError, match=rf"^hisa\.coarse: got True \(bool\), {expected}"):

@@ -100,6 +100,9 @@ def test_rows_of_the_field() -> None:
         assert fp8["hopper"] == config.Launch(2, 4, 128, 32, 2048)
         assert bf16["hopper"] == config.Launch(2, 4, 168, 32, 2048)
         assert launches(FP8, 256, 128, architecture)["hopper"] == config.Launch(2, 8, 168, 32, 2048)
+        for dtype in (FP8, torch.bfloat16):
+            halves = config.score_tiles(64, 128, dtype, 64)
+            assert config.by_block_launch(halves, dtype, 128, architecture, hopper=True)[:3] == (2, 4, 96)
         assert fp8["by_row"][:3] == (3, 4, None)
         assert bf16["by_row"][:3] == (2, 4, None)
         float32 = launches(torch.float32, 64, 128, architecture)
@@ -126,6 +129,18 @@ def test_the_narrowest_class_wins_and_the_architecture_before_the_default(table:
     assert lookup(asked, 103).stages == 8
     with pytest.raises(KeyError, match="no launch configuration"):
         lookup(Shape("unknown"), 100)
+
+
+def test_a_tile_is_narrower_than_any_tile_of_the_same_class(table: dict[Any, Any]) -> None:
+    """But not than a class of more parts."""
+    asked = Shape("refine_by_block_hopper", 1, 64, 128, tile=64)
+    several = [Shape(asked.kernel, 1), Shape(asked.kernel, 1, tile=64), asked._replace(tile=None), asked]
+    for stages, shape in enumerate(several, 3):
+        table[100] = table.get(100, {}) | {shape: Configuration(stages=stages)}
+        assert lookup(asked, 100).stages == stages
+    assert lookup(asked._replace(tile=128), 100).stages == 5
+    assert lookup(asked._replace(dim=64), 100).stages == 4
+    assert lookup(asked._replace(dim=64, tile=128), 100).stages == 3
 
 
 def test_groups_of_the_table_come_before_the_constants(table: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 import hisa_compile
 from hisa_compile import Budget, hisa
 from hisa_compile.ops import reference
+from hisa_compile.ops.coarse import COARSE_STAGES
 
 BASES = ("inductor", "aot_eager", "eager")
 
@@ -24,11 +25,7 @@ class MarkedIndexer(Indexer):
     """At module level, so that instances can be pickled."""
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled_sites(function, *args, fullgraph=True, **options):
@@ -97,12 +94,15 @@ def test_a_coarse_stage_reaches_the_call_from_marks_and_options(base):
     window_end = torch.arange(1, 65, dtype=torch.int32)
     wanted = {
         stage: reference.indexer_topk(q, k, w, 4, **budget, window_end=window_end, coarse=stage)[0].long()
-        for stage in ("paper", "probe", None)
+        for stage in (*COARSE_STAGES, None)
     }
     # Two heads are too few for the probe to be chosen.
     assert torch.equal(wanted[None], wanted["paper"])
-    assert not torch.equal(wanted["probe"], wanted["paper"])
-    for own, given in itertools.product(("paper", "probe", None), repeat=2):
+    # No two of the others are the same; two levels hold all blocks, and are the probe.
+    assert torch.equal(wanted["two-level"], wanted["probe"])
+    for one, other in itertools.combinations(("paper", "spread", "probe"), 2):
+        assert not torch.equal(wanted[one], wanted[other])
+    for own, given in itertools.product(("paper", "spread", "probe", None), repeat=2):
         torch._dynamo.reset()
         marked = hisa(coarse=own)(flat_selection)
         result, sites = compiled_sites(marked, q, k, w, 4, base=base, coarse=given, **budget)
@@ -246,7 +246,7 @@ def test_a_wrong_argument_fails_where_it_is_written():
     with pytest.raises(TypeError, match="enabled: got 1"):
         hisa(enabled=1)
     with pytest.raises(
-        ValueError, match="hisa: coarse: got 'mean', expected None or one of 'paper', 'probe', 'two-level'"
+        ValueError, match="hisa: coarse: got 'mean', expected None or one of 'paper', 'spread', 'probe', 'two-level'"
     ):
         hisa(coarse="mean")
     with pytest.raises(TypeError, match=r"hisa: coarse: got 64 \(int\), expected None or one of"):

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from hisa_compile import Budget, Fidelity, Recommendation, fidelity, indexer_topk, recommend_budget, resolve_budget
 from hisa_compile.ops import reference, seen
-from hisa_compile.ops.coarse import resolve_coarse
+from hisa_compile.ops.coarse import COARSE_STAGES, resolve_coarse
 
 # The package has the function under this name.
 MODULE = importlib.import_module("hisa_compile.fidelity")
 FIGURES = ("iou", "worst_iou", "recall", "score_share", "exact_share")
-STAGES = st.sampled_from((None, "paper", "probe", "two-level"))
+STAGES = st.sampled_from((None, *COARSE_STAGES))
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -62,7 +62,7 @@ def by_query(call: Call) -> list[dict[str, Any]]:
         seen = sum(row)
         blocks = len({t // size for t, sees in enumerate(row) if sees})
         chooses = call.topk > 0 and seen > call.topk
-        scored: float = blocks if stage == "paper" else 2 * seen / heads
+        scored: float = {"paper": blocks, "spread": 2 * blocks}.get(stage, 2 * seen / heads)
         outer = size * max(1, min(4, 128 // size))
         kept_outer = math.ceil(4 * budget.candidates / outer)
         if stage == "two-level" and math.ceil(len(row) / outer) > kept_outer:
@@ -147,7 +147,7 @@ def test_every_figure_is_that_of_a_loop_over_the_queries(call: Call, stage: str 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("how", ["windows", "holes", "mask", "segments"])
-@pytest.mark.parametrize("stage", ["paper", "probe", "two-level"])
+@pytest.mark.parametrize("stage", COARSE_STAGES)
 def test_figures_of_gaussian_values(stage: str, how: str, seed: int, dtype: torch.dtype) -> None:
     """Sizes at which most queries are pruned, some are not, and no selection is all right or all wrong."""
     q, k, weights = (x.to(dtype) for x in smooth(queries=60, tokens=500, seed=seed))
@@ -231,20 +231,20 @@ def test_a_default_coarse_stage_is_the_operators(monkeypatch: pytest.MonkeyPatch
     assert not any(pooled for candidates, _, pooled in stages if candidates >= 640)
 
 
-@pytest.mark.parametrize("stage", ["paper", "probe", "two-level"])
+@pytest.mark.parametrize("stage", COARSE_STAGES)
 def test_a_coarse_stage_that_is_asked_for_is_measured(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At every budget, whatever the operator would choose; keys are averaged for means alone, once for each size."""
     pooled: list[int] = []
 
     def pooling(keys: Tensor, block_size: int, **options: Any) -> Tensor:
         pooled.append(block_size)
-        return reference.block_means(keys, block_size, **options)
+        return reference.block_representatives(keys, block_size, **options)
 
     monkeypatch.setattr(MODULE, "pool_keys", pooling)
     q, k, weights = make_values(torch.Generator().manual_seed(0), (2, 9, 640, 16, 8), torch.float32, "gaussian")
     result = recommend_budget(q, k, weights, 16, block_sizes=(4, 64), coarse=stage)
     assert {point.coarse for point in result.points} == {stage}
-    assert sorted(pooled) == {"paper": [4, 4, 64, 64], "probe": [], "two-level": [16, 16, 128, 128]}[stage]
+    assert sorted(pooled) == {"probe": [], "two-level": [16, 16, 128, 128]}.get(stage, [4, 4, 64, 64])
     budget = {"block_size": 4, "block_topk": 24}
     flat = reference.flat_topk(q, k, weights, 16)[0].tolist()
     found = reference.indexer_topk(q, k, weights, 16, **budget, coarse=stage)[0].tolist()
@@ -486,7 +486,7 @@ def test_flat_runs_once_and_keys_are_averaged_once_a_block_size(monkeypatch: pyt
 
     def pooling(keys: Tensor, block_size: int, **options: Any) -> Tensor:
         pooled.append(block_size)
-        return reference.block_means(keys, block_size, **options)
+        return reference.block_representatives(keys, block_size, **options)
 
     monkeypatch.setattr(MODULE, "indexer_topk", selecting)
     monkeypatch.setattr(MODULE, "pool_keys", pooling)

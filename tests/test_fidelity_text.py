@@ -64,7 +64,7 @@ def test_errors_are_the_operators(wrong: dict[str, Any]) -> None:
             fidelity,
             {"coarse": 1},
             TypeError,
-            "coarse: got 1 (int), expected None or one of 'paper', 'probe', 'two-level'",
+            "coarse: got 1 (int), expected None or one of 'paper', 'spread', 'probe', 'two-level'",
         ),
         (recommend_budget, {"coarse": b"paper"}, TypeError, "coarse: got b'paper' (bytes), expected None or one of"),
         (recommend_budget, {"target_recall": 0.0}, ValueError, "target_recall: got 0.0, expected more than 0"),

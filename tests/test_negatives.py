@@ -23,11 +23,7 @@ FUNCTIONS = [name for name in CASES if "router" not in name and name not in DETE
 SLOW = ("rt_detr_v2", "d_fine", "grounding_dino", "router of longcat_flash")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():  # type: ignore[no-untyped-def]
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @contextmanager

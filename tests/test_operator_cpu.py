@@ -30,11 +30,12 @@ def test_the_cpu_operator_equals_the_reference_where_sums_are_exact(call: Call) 
 @given(calls(dtypes=DTYPES, max_tokens=400, max_queries=40))
 def test_chunks_and_tiles_of_any_size_give_the_reference(call: Call) -> None:
     """With buffers far smaller than the input, the seams between chunks, tiles and blocks leave no trace."""
-    from hisa_compile.ops import cpu
+    from hisa_compile.ops import cpu, cpu_pool
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "CHUNK_ELEMENTS", 100)
-        patch.setattr(cpu, "TILE_ELEMENTS", 64)
+        for module in (cpu, cpu_pool):
+            patch.setattr(module, "TILE_ELEMENTS", 64)
         actual = call.run(indexer_topk)
     assert_equal(actual, call.with_options(sorted=True).run(reference.indexer_topk))
 

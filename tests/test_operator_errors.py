@@ -157,9 +157,12 @@ WRONG_BUDGETS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "block_topk 1": ({"block_topk": 1}, ("block_topk:", "1", ">= 2", "first and the last")),
     "coarse of no stage": (
         {"coarse": "mean"},
-        ("coarse: got 'mean', expected None or one of 'paper', 'probe', 'two-level'",),
+        ("coarse: got 'mean', expected None or one of 'paper', 'spread', 'probe', 'two-level'",),
     ),
-    "coarse of no name": ({"coarse": ""}, ("coarse: got '', expected None or one of 'paper', 'probe', 'two-level'",)),
+    "coarse of no name": (
+        {"coarse": ""},
+        ("coarse: got '', expected None or one of 'paper', 'spread', 'probe', 'two-level'",),
+    ),
     "too few candidates": ({"topk": 17}, ("block_topk * block_size:", "4 * 4 = 16", "topk = 17")),
 }
 

@@ -15,10 +15,10 @@ from strategies import (
     Call,
     assert_equal,
     calls,
+    in_layout,
     integers,
     make_values,
     relayout,
-    spread,
     with_means,
 )
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_map_only
 
 from hisa_compile import indexer_topk, pool_keys
-from hisa_compile.ops import cpu, reference
+from hisa_compile.ops import cpu, cpu_pool, reference
 
 NAN, INF = float("nan"), float("inf")
 POOL = torch.ops.hisa.pool_keys.default
@@ -72,7 +72,7 @@ def test_means_are_those_of_the_valid_keys_rounded_once(call: Call, small_tiles:
     """Where sums are exact the bits are known, NaN and inf included; the seams between tiles leave no trace."""
     with pytest.MonkeyPatch.context() as patch:
         if small_tiles:
-            patch.setattr(cpu, "TILE_ELEMENTS", 40)
+            patch.setattr(cpu_pool, "TILE_ELEMENTS", 40)
         actual = pool_keys(call.k, **pool_arguments(call))
     expected = pool_in_float64(call)[0].float().to(reference.pooled_dtype(call.k.dtype))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
@@ -328,7 +328,7 @@ def test_expanded_means_equal_their_copies(kind: str) -> None:
     """Strides of 0 in the batch or over the blocks, and gaps between them."""
     q, k, weights = make_values(torch.Generator().manual_seed(5), (3, 6, 200, 3, 8), torch.float32, "gaussian")
     call = Call(q, k, weights, 20, {"block_size": 8, "block_topk": 4})
-    for means in (spread(pool_keys(k, 8), kind), pool_keys(k, 8)[:, :1].expand(3, 25, 8)):
+    for means in (in_layout(pool_keys(k, 8), kind), pool_keys(k, 8)[:, :1].expand(3, 25, 8)):
         assert not means.is_contiguous()
         copy = means.clone(memory_format=torch.contiguous_format)
         actual = call.with_options(k_pooled=means).run(indexer_topk)

@@ -241,14 +241,16 @@ class LiveBytes(TorchDispatchMode):
             self.live -= size
 
 
-def workspace(queries: int, tokens: int, block_topk: int = 8, dim: int = 8, **visibility: Any) -> int:
+def workspace(
+    queries: int, tokens: int, block_topk: int = 8, dim: int = 8, coarse: str = "paper", **visibility: Any
+) -> int:
     """Peak bytes of a call beyond its results, causal where ``visibility`` says nothing else."""
     shape = (1, queries, tokens, 2, dim)
     q, k, weights = make_values(torch.Generator().manual_seed(0), shape, torch.bfloat16, "gaussian")
     visibility = {"window_end": torch.linspace(1, tokens, queries).int()[None]} | visibility
     with LiveBytes() as live:
         result = indexer_topk_cpu(
-            q, k, weights, 16, Budget(16, block_topk), Visibility(**visibility), None, None, True, False
+            q, k, weights, 16, Budget(16, block_topk), Visibility(**visibility), None, None, True, False, None, coarse
         )
     return live.peak - sum(x.nbytes for x in result)
 
@@ -286,11 +288,13 @@ def test_the_workspace_does_not_grow_with_queries_times_tokens(
     assert large - small < 64 * 8192 - 8 * 2048
 
 
-def test_half_precision_keys_are_never_cast_up_as_a_whole() -> None:
+@pytest.mark.parametrize("coarse", ["paper", "spread"])
+def test_half_precision_keys_are_never_cast_up_as_a_whole(coarse: str) -> None:
     """T = 65536, D = 32: less than half of a float32 copy of the keys."""
-    assert workspace(2, 65536, dim=32) < 65536 * 32 * 4 / 2
+    assert workspace(2, 65536, dim=32, coarse=coarse) < 65536 * 32 * 4 / 2
 
 
-def test_the_workspace_is_small_at_the_sizes_it_is_made_for() -> None:
+@pytest.mark.parametrize("coarse", ["paper", "spread"])
+def test_the_workspace_is_small_at_the_sizes_it_is_made_for(coarse: str) -> None:
     """S = 512, T = 16384: less than a byte for each query and token."""
-    assert workspace(512, 16384) < 512 * 16384
+    assert workspace(512, 16384, coarse=coarse) < 512 * 16384

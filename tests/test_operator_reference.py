@@ -26,6 +26,20 @@ def score(query: Sequence[Sequence[float]], weights: Sequence[float], key: Seque
     return sum((w * relu(p) for w, p in zip(weights, products, strict=True)), 0.0)
 
 
+def spread_of(column: Sequence[float], mean: float, dims: int) -> float:
+    """The power of two at or below sqrt(31 / D) standard deviations of a block's keys in one dimension."""
+    variance = sum((x - mean) ** 2 for x in column) / len(column) * 31 / dims
+    if not math.isfinite(variance):
+        return variance
+    return 2.0 ** math.floor(math.log2(variance) / 2) if variance >= 2.0**-126 else 0.0
+
+
+def score_with_spread(query: Sequence[Sequence[float]], weights: Sequence[float], both: Sequence[float]) -> float:
+    """sum_h w[h] * ReLU(q[h] . mean + sign(w[h]) |q[h]| . spread), the mean and the spread one after the other."""
+    longer = [[*head, *(abs(x) if w >= 0 else -abs(x) for x in head)] for w, head in zip(weights, query, strict=True)]
+    return score(longer, weights, both)
+
+
 def by_score(scores: dict[int, float]) -> list[int]:
     """Positions by descending score, NaN first, equal scores by ascending position."""
     return sorted(scores, key=lambda p: (not math.isnan(scores[p]), 0.0 if math.isnan(scores[p]) else -scores[p], p))
@@ -118,15 +132,18 @@ def select_for_one_query(call: Call, batch: int, query: int) -> tuple[list[int],
     size, block_topk = options["block_size"], options["block_topk"]
     eligible = sorted({t // size for t in range(tokens) if visible[t]})
 
-    def by_means(size: int, eligible: list[int]) -> dict[int, float]:
+    def by_means(size: int, eligible: list[int], spread: bool = False) -> dict[int, float]:
         worths = {}
         for b in eligible:
             block = range(b * size, min((b + 1) * size, tokens))
             held = [[abs(factors[t]) * x for x in keys[t]] for t in block if valid[t]]
-            mean = [sum(column) / len(held) for column in zip(*held, strict=True)]
+            columns = list(zip(*held, strict=True))
+            mean = [sum(column) / len(held) for column in columns]
+            if spread:
+                mean += [spread_of(column, mean[d], len(columns)) for d, column in enumerate(columns)]
             if "k_pooled" in options:
                 mean = options["k_pooled"][batch, b].double().tolist()
-            worths[b] = score(heads, weights, mean)
+            worths[b] = (score_with_spread if spread else score)(heads, weights, mean)
         return worths
 
     def kept_of(worths: dict[int, float], eligible: list[int], most: int) -> set[int]:
@@ -141,8 +158,8 @@ def select_for_one_query(call: Call, batch: int, query: int) -> tuple[list[int],
             outers = sorted({b * size // outer for b in eligible})
             kept_outers = kept_of(by_means(outer, outers), outers, most)
             eligible = [b for b in eligible if b * size // outer in kept_outers]
-    if stage_of(call) == "paper":
-        worths = by_means(size, eligible)
+    if stage_of(call) in ("paper", "spread"):
+        worths = by_means(size, eligible, stage_of(call) == "spread")
     else:
         probed = probe_of_tokens(heads, weights, plain, scales, factors, call.q.dtype)
         worths = probe_of_blocks(probed, visible, size, call.topk)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from strategies import DTYPES, LAYOUTS, Call, calls, make_values, with_means
-from test_operator_probe import FUNCTIONS, assert_equal, planted, sampled, spoil
+from test_operator_probe import FUNCTIONS, assert_cpu_equals_reference, assert_equal, planted, sampled, spoil
 from test_operator_properties import LiveBytes, assert_same_bits
 from test_operator_reference import assert_same_selection
 from torch import Tensor
@@ -83,12 +83,7 @@ def test_the_reference_is_the_definition_written_out_for_each_query(call: Call) 
 def test_the_cpu_operator_equals_the_reference(call: Call, seed: int) -> None:
     """NaN and inf in queries and weights too; with small buffers too."""
     call = spoil(call, seed) if seed % 3 else call
-    call = call.with_options(sorted=True)
-    with pytest.MonkeyPatch.context() as patch:
-        if seed % 2:
-            patch.setattr(cpu, "CHUNK_ELEMENTS", 100)
-            patch.setattr(cpu, "TILE_ELEMENTS", 64)
-        assert_equal(call.run(indexer_topk), call.run(reference.indexer_topk))
+    assert_cpu_equals_reference(call, seed)
 
 
 def gaussian(tokens: int, queries: int = 5, heads: int = 3) -> tuple[Tensor, Tensor, Tensor]:

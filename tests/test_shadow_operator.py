@@ -254,3 +254,26 @@ def test_replays_of_a_cuda_graph_go_on_recording(batch: int) -> None:
     reset_shadow()
     graph.replay()
     assert only_site().calls == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_shape_that_was_never_compared_is_captured() -> None:
+    """With ``every`` most calls of the host are not: a capture may be the first to need some of the kernels."""
+    budget = {"block_size": 16, "block_topk": 3, "coarse": "paper"}
+    operator_call(Call(*(x.cuda() for x in smooth(queries=40, tokens=640, batch=1)), 32, budget), 8, every=1000)
+    # Longer rows, another dtype, so other kernels of the flat selection.
+    q, k, weights = (x.cuda() for x in smooth(queries=40, tokens=9000, batch=1))
+    call = Call(q.half(), k.half(), weights, 32, budget)
+    operator_call(call, 8, every=1000)
+    before = only_site().sampled
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        operator_call(call, 8, every=1000)
+    reset_shadow()
+    for _ in range(30):
+        graph.replay()
+    site = only_site()
+    assert (before, site.calls, site.sampled) == (8, 30, 240)
+    whole = fidelity(*call[:4], **budget, queries=EVERY)
+    assert abs(site.recall - whole.recall) < 4 * site.recall_error

@@ -7,6 +7,8 @@ runs.  Under the interpreter kernels are plain Python functions, so these tests 
 from __future__ import annotations
 
 import re
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -186,6 +188,36 @@ def test_the_probe_compiles(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
     assert not {"pool_kernel", "coarse_kernel", "coarse_hopper_kernel"} & {kernel.__name__ for kernel, *_ in launches}
     hopper = "probe_blocks_hopper_kernel" in check_probe(launches, arch)
     assert hopper == (arch == "sm_90" and dtype != torch.float32)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spreads_compile(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, arch: str) -> None:
+    """Two vectors of a block fit shared memory everywhere; no version for sm_90 has them."""
+    launches = record(monkeypatch, dtype, arch, queries=1024, coarse="spread")
+    launches += record(monkeypatch, dtype, arch, dim=200, heads=5, coarse="spread", everything=True)
+    assert "coarse_hopper_kernel" not in {kernel.__name__ for kernel, *_ in launches}
+    for kernel, switch in (("pool_kernel", "SPREAD_FACTOR"), ("coarse_kernel", "SPREAD")):
+        of_blocks = [recorded for recorded in launches if recorded[0].__name__ == kernel]
+        assert len(of_blocks) == 2
+        assert all(arguments[switch] for *_, arguments in of_blocks)
+        check(of_blocks, arch)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pooling_keeps_its_keys_in_registers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, block_size: int
+) -> None:
+    """On a stack of 2 KiB a thread, as one way to unroll its loop had it, it takes twenty times as long."""
+    budget = Budget(block_size, 2048 // block_size)
+    launches = record(monkeypatch, dtype, "sm_90", coarse="spread", topk=512, budget=budget)
+    (pooling,) = (recorded for recorded in launches if recorded[0].__name__ == "pool_kernel")
+    cubin = tmp_path / "pool.cubin"
+    cubin.write_bytes(compile_launch(pooling, "sm_90").asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    used = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    assert re.findall(r"STACK:(\d+)", used.stdout + used.stderr) == ["0"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

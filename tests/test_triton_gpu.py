@@ -146,7 +146,7 @@ def test_every_block_kept_is_a_topk_of_all_tokens(dtype: torch.dtype) -> None:
         assert not surely.any()
 
 
-@pytest.mark.parametrize("coarse", ["paper", "probe", "two-level"])
+@pytest.mark.parametrize("coarse", ["paper", "spread", "probe", "two-level"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
 def test_peak_memory_at_a_real_size(dtype: torch.dtype, coarse: str) -> None:
     """Below 64 MiB besides inputs and outputs; one chunk of rows and many."""
@@ -214,6 +214,26 @@ def test_the_probe_with_real_tiles(dtype: torch.dtype, block_size: int, block_to
     hopper = "probe_blocks_hopper_kernel" in {kernel.__name__ for kernel in kernels}
     expected = gpu.is_hopper(case["q"]) and dtype != torch.float32 and block_size % 64 == 0 and not holes
     assert hopper == expected
+
+
+@pytest.mark.parametrize("holes", [False, True], ids=["windows", "holes"])
+@pytest.mark.parametrize(("block_size", "block_topk"), [(16, 8), (64, 5), (128, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, FP8], ids=str)
+def test_spreads_with_real_tiles(dtype: torch.dtype, block_size: int, block_topk: int, holes: bool) -> None:
+    """Bit for bit: means of whole blocks are exact, spreads are powers of two, and blocks differ by them."""
+    batch, queries, tokens = 2, 100, 4096
+    budget = {"topk": 100, "block_size": block_size, "block_topk": block_topk}
+    case = whole_case(queries, tokens, 64, 128, dtype, batch, **budget)
+    calm = torch.arange(tokens // block_size, device=DEVICE).repeat_interleave(block_size) % 3 == 0
+    case["k"] = torch.where(calm[:, None], case["k"][:, :1].float(), case["k"].float()).to(dtype)
+    row = torch.arange(batch * queries, dtype=torch.int32, device=DEVICE).view(batch, queries)
+    case |= {"window_start": 5 * row - 9, "window_end": tokens - 1 - 3 * row, "coarse": "spread"}
+    token = torch.arange(tokens, device=DEVICE).expand(batch, -1)
+    if holes:
+        case["key_valid"] = token % 2 == 0
+        case["k_weight"] = torch.tensor([1.0, -2.0, 0.5], device=DEVICE)[token // 2 % 3]
+    check(case)
+    assert not torch.equal(run(case)[0], run(case | {"coarse": "paper"})[0])
 
 
 @pytest.mark.parametrize("holes", [False, True], ids=["windows", "holes"])

@@ -26,7 +26,7 @@ from triton_cases import (
 
 import hisa_compile
 from hisa_compile.ops import Budget, Visibility
-from hisa_compile.ops.triton import launch
+from hisa_compile.ops.triton import launch, launch_pool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU")]
 
@@ -80,10 +80,15 @@ def probe(dtype: torch.dtype, seed: int) -> Case:
     return {name: x for name, x in case.items() if name not in ("key_valid", "q_segment", "k_segment")}
 
 
+def spread(dtype: torch.dtype, seed: int) -> Case:
+    """By means and spreads."""
+    return prefill(dtype, seed) | {"coarse": "spread"}
+
+
 def decode(dtype: torch.dtype, seed: int) -> Case:
     """A query a sequence over a cache that keeps means; contexts of different length."""
     case = gaussian_case(4, 1, 32768, 64, 128, dtype, seed, topk=2048, block_size=128, block_topk=64)
-    case["k_pooled"] = launch.pool_keys_triton(case["k"], 128, None, None, None)
+    case["k_pooled"] = launch_pool.pool_keys_triton(case["k"], 128, None, None, None)
     generator = torch.Generator(DEVICE).manual_seed(seed)
     case["window_end"] = torch.randint(0, 32769, (4, 1), generator=generator, device=DEVICE).int()
     return case
@@ -99,7 +104,7 @@ def flat(dtype: torch.dtype, seed: int) -> Case:
 
 @pytest.mark.parametrize("in_order", [True, False], ids=["sorted", "unsorted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
-@pytest.mark.parametrize("shape", [prefill, probe, decode, flat], ids=lambda shape: shape.__name__)
+@pytest.mark.parametrize("shape", [prefill, spread, probe, decode, flat], ids=lambda shape: shape.__name__)
 def test_a_graph_of_any_shape_replays_on_other_inputs(shape: Any, dtype: torch.dtype, in_order: bool) -> None:
     """All tensors change between replays; a replay leaves nothing behind that the next one would find."""
     cases = [shape(dtype, seed) | {"sorted": in_order} for seed in range(5)]
@@ -122,7 +127,7 @@ def test_a_graph_of_any_shape_replays_on_other_inputs(shape: Any, dtype: torch.d
             assert_equal(captured, expected)
 
 
-@pytest.mark.parametrize("shape", [prefill, probe, decode, flat], ids=lambda shape: shape.__name__)
+@pytest.mark.parametrize("shape", [prefill, spread, probe, decode, flat], ids=lambda shape: shape.__name__)
 def test_nothing_waits_for_the_device(shape: Any) -> None:
     """torch raises at whatever of its own operations would; Triton's launches never do."""
     case = shape(torch.bfloat16, 0)

@@ -35,7 +35,7 @@ from triton_cases import (
 )
 
 from hisa_compile.ops import reference
-from hisa_compile.ops.triton import config, gpu, launch
+from hisa_compile.ops.triton import config, gpu, launch_pool
 from hisa_compile.ops.triton.refine_hopper import refine_by_block_hopper_kernel
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
@@ -144,8 +144,10 @@ def poisoned(x: Tensor, where: Tensor, value: float) -> Tensor:
     return torch.where(where, value, x.float()).to(x.dtype)
 
 
-# What by_block_case has: every block kept, or pruned by means or by the probe.
-PRUNED = pytest.mark.parametrize("pruned", ["paper", "probe", ""], ids=["pruned", "probe", "every block kept"])
+# What by_block_case has: every block kept, or pruned by means, by spreads too, or by the probe.
+PRUNED = pytest.mark.parametrize(
+    "pruned", ["paper", "spread", "probe", ""], ids=["pruned", "spread", "probe", "every block kept"]
+)
 
 
 def by_block_case(dtype: torch.dtype, pruned: str) -> Case:
@@ -187,14 +189,17 @@ def test_what_another_row_sees_is_no_affair_of_a_row_that_does_not(dtype: torch.
         assert_equal(run(case, k=poisoned(case["k"], invalid[..., None], math.nan), **factors), expected)
 
 
+@pytest.mark.parametrize("coarse", ["paper", "spread"])
 @pytest.mark.parametrize("hidden_by", ["mask", "segments", "not kept"])
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-def test_given_means_leave_nothing_to_read_of_what_is_hidden_or_not_kept(dtype: torch.dtype, hidden_by: str) -> None:
+def test_given_means_leave_nothing_to_read_of_what_is_hidden_or_not_kept(
+    dtype: torch.dtype, hidden_by: str, coarse: str
+) -> None:
     """With ``k_pooled`` a mask and segments hide NaN as windows do, and so does the coarse stage."""
-    case = by_block_case(dtype, "paper")
+    case = by_block_case(dtype, coarse)
     queries, tokens, size = case["q"].shape[1], case["k"].shape[1], case["block_size"]
     factors = (case["k_scale"], case["k_weight"])
-    case["k_pooled"] = launch.pool_keys_triton(case["k"], size, None, *factors)
+    case["k_pooled"] = launch_pool.pool_keys_triton(case["k"], size, None, *factors, coarse == "spread")
     blocks = case["k_pooled"].shape[1]
     position = torch.arange(tokens, device=DEVICE)
     if hidden_by == "mask":

@@ -39,7 +39,7 @@ from triton_cases import (
 )
 
 from hisa_compile.ops import Budget, Visibility, reference
-from hisa_compile.ops.triton import config, gpu, launch
+from hisa_compile.ops.triton import config, gpu, launch, launch_pool
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
@@ -124,7 +124,7 @@ def test_empty_sizes_give_empty_results_without_a_launch(empty: str) -> None:
     assert indices.numel() == 0
 
 
-@pytest.mark.parametrize("coarse", ["paper", "probe"])
+@pytest.mark.parametrize("coarse", ["paper", "spread", "probe"])
 def test_hidden_nan_and_inf_change_nothing(coarse: str) -> None:
     """Keys hidden by windows or key_valid, whatever they hold, in the block of visible ones and elsewhere."""
     case = exact_case(1, 2, 60, heads=3, dim=5, topk=12, block_size=4, block_topk=4) | {"coarse": coarse}
@@ -156,7 +156,7 @@ def eligible_of(case: Case) -> Tensor:
     original = gpu.launch
 
     def until_coarse(kernel: Any, programs: int, options: config.Launch, **arguments: Any) -> None:
-        if kernel in (launch.pool_kernel, launch.coarse_kernel):
+        if kernel in (launch_pool.pool_kernel, launch.coarse_kernel):
             original(kernel, programs, options, **arguments)
             captured.update(arguments)
 
@@ -237,21 +237,54 @@ def test_visible_nan_and_inf_rank_as_in_the_reference() -> None:
     assert indices[0, 0, 1:3].tolist() == [3, 30]
     assert scores[0, 0, 1:3].isposinf().all()
     for changes in ({}, {"block_topk": 4, "topk": 14}, {"mark_hidden": True}, {"block_topk": 3, "topk": 12}):
-        check(case | changes)
+        for coarse in ("paper", "spread"):
+            check(case | changes | {"coarse": coarse})
+
+
+def test_spreads_are_powers_of_two_at_every_border() -> None:
+    """One key in a dimension of two: variances on both sides of each border between two powers, and beyond floats."""
+    exponent = torch.arange(-149, 128, device=DEVICE)
+    sizes = torch.ldexp(torch.ones(277, 1, device=DEVICE), exponent[:, None])
+    sizes = (sizes * torch.tensor([1.0, 1.999, 1.4142, 2 / 31**0.5, 1.999 / 31**0.5], device=DEVICE)).flatten()
+    k = torch.stack((sizes, -sizes), 1).view(1, -1, 1)
+    pooling = (k, 2, None, None, None, True)
+    got, expected = launch_pool.pool_keys_triton(*pooling), reference.block_representatives(*pooling)
+    assert_equal((got, got), (expected, expected))
+    spreads = set(got[0, :, 1].tolist())
+    assert {0.0, 2.0**-63, 1.0, 2.0**63, math.inf} <= spreads
+    half = k[:, (k[0, :, 0].abs() < 60000) & (k[0, :, 0].abs() > 1e-7)].half()
+    pooling = (torch.cat((half, torch.tensor([[[-65504.0], [65504.0]]], device=DEVICE).half()), 1), *pooling[1:])
+    got, expected = launch_pool.pool_keys_triton(*pooling), reference.block_representatives(*pooling)
+    assert_equal((got, got), (expected, expected))
+    assert got[0, -1].tolist() == [0.0, 2.0**15]
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+def test_a_key_that_is_no_number_leaves_its_block_no_spread(value: float) -> None:
+    """NaN, whatever its sign: that of inf - inf has one on some machines."""
+    k = torch.ones(1, 12, 2, device=DEVICE)
+    k[0, 5, 0] = value
+    for keys in (k, k.half()):
+        both = launch_pool.pool_keys_triton(keys, 4, None, None, None, True)
+        assert both[0, 1, 2].isnan()
+        assert both[0, :, 3].tolist() == [0.0, 0.0, 0.0]
+        assert both[0, [0, 2], 2].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES if ON_GPU else (torch.float32, torch.float16, FP8), ids=str)
 @pytest.mark.parametrize("tables", [False, True], ids=["windows", "tables"])
-def test_given_means_take_the_place_of_pooling(dtype: torch.dtype, tables: bool) -> None:
+@pytest.mark.parametrize("coarse", ["paper", "spread"])
+def test_given_means_take_the_place_of_pooling(dtype: torch.dtype, tables: bool, coarse: str) -> None:
     """The kernel's own means, given back; means that send the coarse stage elsewhere; means that are not to be read."""
-    case = exact_case(2, 5, 60, heads=3, dim=18, topk=9, block_size=4, block_topk=3, dtype=dtype)
+    case = exact_case(2, 5, 60, heads=3, dim=18, topk=9, block_size=4, block_topk=3, dtype=dtype) | {"coarse": coarse}
     case["window_end"] = torch.randint(20, 61, (2, 5), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
     if tables:
         case["key_valid"] = random_bool((2, 60), 0.7)
         halves = (torch.arange(60, device=DEVICE) >= 31).long()
         case |= {"q_segment": halves[None, 29:34], "k_segment": halves[None].expand(2, -1)}
-    means = launch.pool_keys_triton(case["k"], 4, case.get("key_valid"), None, None)
-    assert_equal((means, means), (expected := reference.block_means(case["k"], 4, case.get("key_valid")), expected))
+    pooling = (case["k"], 4, case.get("key_valid"), None, None, coarse == "spread")
+    means, expected = launch_pool.pool_keys_triton(*pooling), reference.block_representatives(*pooling)
+    assert_equal((means, means), (expected, expected))
     pooled = run(case)
     assert_equal(run(case, k_pooled=strided(means)), pooled)
     other = case | {"k_pooled": means.flip(1) * 2}
@@ -313,7 +346,7 @@ def test_every_float8_value_is_converted_exactly(mode: Any) -> None:
         check(exact_case(1, 2, dtype=FP8))
 
 
-@pytest.mark.parametrize("coarse", ["paper", "probe"])
+@pytest.mark.parametrize("coarse", ["paper", "spread", "probe"])
 @pytest.mark.parametrize("dtype", DTYPES if ON_GPU else (torch.float32, torch.float16), ids=str)
 def test_bits_depend_on_the_row_alone(dtype: torch.dtype, coarse: str) -> None:
     """Slicing the queries, permuting the batch and chunking the rows give the same bits, gaussian inputs.

@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E4
 from triton.runtime import driver  # noqa: E402
 
 from hisa_compile.ops import Budget, Visibility  # noqa: E402
-from hisa_compile.ops.coarse import outer_of  # noqa: E402
+from hisa_compile.ops.coarse import outer_of, probes  # noqa: E402
 from hisa_compile.ops.triton import config, gpu, launch  # noqa: E402
 from hisa_compile.ops.triton.operands import FP8_NATIVE, FP8_NONE  # noqa: E402
 
@@ -75,8 +75,8 @@ def plain(argument: Any) -> Any:
 @pytest.mark.parametrize("in_order", [True, False], ids=["sorted", "unsorted"])
 @pytest.mark.parametrize(
     ("block_topk", "coarse"),
-    [(8, "paper"), (8, "probe"), (8, "two-level"), (40, "paper"), (200, "paper")],
-    ids=["pruned", "probe", "two levels", "long rows", "every block kept"],
+    [(8, "paper"), (8, "spread"), (8, "probe"), (8, "two-level"), (40, "paper"), (200, "paper")],
+    ids=["pruned", "spread", "probe", "two levels", "long rows", "every block kept"],
 )
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("batch", "queries"), [(1, 300), (7, 40)])
@@ -110,7 +110,7 @@ def test_repeated_launches_are_those_of_a_chunk_of_its_own(
         dtype,
         in_order,
         90,
-        512 if coarse != "paper" else None,
+        512 if probes(coarse) else None,
         outer_of(coarse, tokens, Budget(128, block_topk)),
     )
     while len(launch.Plan(*sizes).chunks) < 4:

@@ -298,7 +298,7 @@ def cases(draw: st.DrawFn) -> Case:
         ids = draw(st.sampled_from([torch.int32, torch.int64]))
         case |= random_segments(kind, ids, shape, batch, tokens, seed=draw(st.integers(0, 10**6)))
     case["sorted"], case["mark_hidden"] = draw(st.booleans()), draw(st.booleans())
-    case["coarse"] = draw(st.sampled_from(["paper", "probe"]))
+    case["coarse"] = draw(st.sampled_from(["paper", "spread", "probe"]))
     if draw(st.booleans()):
         case |= {name: strided(x) for name, x in case.items() if isinstance(x, Tensor) and x.dim() > 1}
     return case

@@ -21,8 +21,6 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from hisa_compile.ops.coarse import COARSE_STAGES
-
 from ..harness import command, machine, parser, table, write
 from .overlap import BLOCK
 
@@ -40,8 +38,7 @@ class Row(NamedTuple):
 
     @property
     def label(self) -> str:
-        stage = f'"{self.stage}"' if self.stage in COARSE_STAGES else f"{self.stage} (not in the operator)"
-        return stage + ("" if self.finer == 1 else f", B/{self.finer}")
+        return f'"{self.stage}"' + ("" if self.finer == 1 else f", B/{self.finer}")
 
     @property
     def timed(self) -> str:
@@ -53,8 +50,9 @@ ROWS = (
     Row("paper", 1, "paper: one mean"),
     Row("paper", 2, "mean, blocks of B/2"),
     Row("paper", 4, "mean, blocks of B/4"),
-    Row("mean and spread", 1, "mean + spread"),
-    Row("mean and spread", 4, "mean + spread, B/4"),
+    Row("spread", 1, "spread"),
+    Row("spread", 2, "spread, B/2"),
+    Row("spread", 4, "spread, B/4"),
     Row("probe", 1, "probe"),
     Row("probe", 2, "probe, B/2"),
     Row("probe", 4, "probe, B/4"),
@@ -172,7 +170,7 @@ def side_by_side(found: Figures) -> str:
 def picture(found: Figures, path: Path) -> None:
     """What is lost over the time of a call: attention on the left, tokens of the flat selection on the right."""
     base = next(figures for row, figures in found.items() if (row.stage, row.finer) == BASE)
-    colours = {"paper": "#000000", "mean and spread": "#009E73", "probe": "#D55E00", "two-level": "#CC79A7"}
+    colours = {"paper": "#000000", "spread": "#009E73", "probe": "#D55E00", "two-level": "#CC79A7"}
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2))
     wanted = (
         (axes[0], "centred 4:1 lost", lambda x: 100 * x, "attention lost against the flat selection, %"),

@@ -29,7 +29,7 @@ from .selections import OPTIONS, PAPER
 FAMILIES = {
     "paper": ("#000000", "s"),
     "mean, ": ("#56B4E9", "^"),
-    "mean + spread": ("#009E73", "D"),
+    "spread": ("#009E73", "D"),
     "two levels, 2m then probe": ("#CC79A7", "v"),
     "two levels, 4m then probe": ("#CC79A7", "v"),
     "two levels": ("#E69F00", "P"),
@@ -41,7 +41,7 @@ PICTURED = (
     PAPER.name,
     "mean, blocks of B/2",
     "mean, blocks of B/4",
-    "mean + spread, B/4",
+    "spread, B/4",
     "two levels, mean, 2m then B/4",
 )
 PICTURED += ("probe", "probe, B/2", "probe, B/4", "two levels, 4m then probe, B/4")
@@ -54,7 +54,7 @@ TITLES = {
     "flat": "flat indexer\n(no blocks)",
     PAPER.name: "HISA, the paper's\n(one mean)",
     "mean, blocks of B/4": "HISA,\nmeans, B/4",
-    "mean + spread, B/4": "HISA, mean\nand spread, B/4",
+    "spread, B/4": "HISA,\nspread, B/4",
     "probe": "HISA,\nprobe",
     "probe, B/2": "HISA,\nprobe, B/2",
     "probe, B/4": "HISA,\nprobe, B/4",
@@ -212,7 +212,7 @@ def loss_by_layer(rows: Sequence[dict[str, Any]], out: Path) -> None:
     kinds = list(dict.fromkeys(row["indexer"] for row in here))
     figure, axes = pyplot.subplots(len(kinds), 1, figsize=(8, 3 * len(kinds)), squeeze=False)
     for panel, kind in zip(axes.flat, kinds, strict=True):
-        for name in (PAPER.name, "mean + spread, B/4", "probe", "probe, B/4"):
+        for name in (PAPER.name, "spread, B/4", "probe", "probe, B/4"):
             for row in here:
                 if row["indexer"] == kind and row["method"] == name:
                     panel.plot(row["by_layer"], label=name)

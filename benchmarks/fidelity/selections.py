@@ -87,16 +87,12 @@ def by_mean(of: Scored, block: int, topk: int) -> Tensor:
     return relu_scores(of.q, in_blocks(of.k, block).mean(-2), of.w)
 
 
-def by_spread(of: Scored, block: int, topk: int, *, sigmas: float = 1.0) -> Tensor:
-    """Each head's product with the mean key, ``sigmas`` of its spread in the block further in the weight's direction.
-
-    The spread is that of keys whose dimensions are independent: a second mean key, of squares, and a second product.
-    """
-    keys = in_blocks(of.k, block)
-    products = torch.einsum("...nhd,...bd->...nhb", of.q, keys.mean(-2))
-    spread = torch.einsum("...nhd,...bd->...nhb", of.q.square(), keys.var(-2, unbiased=False)).sqrt()
-    shifted = products + sigmas * spread * of.w.sign()[..., None]
-    return torch.einsum("...nhb,...nh->...nb", shifted.relu(), of.w)
+def by_spread(of: Scored, block: int, topk: int) -> Tensor:
+    """The operator's: behind each mean key a second one, of how far the block's keys are from it."""
+    keys = of.k.reshape(-1, *of.k.shape[-2:])
+    of_blocks = reference.block_representatives(keys, block, spread=True)
+    of_blocks = of_blocks.view(*of.k.shape[:-2], *of_blocks.shape[1:])
+    return relu_scores(reference.spread_queries(of.q, of.w), of_blocks, of.w)
 
 
 def probe(of: Scored) -> Tensor:
@@ -214,8 +210,9 @@ OPTIONS = (
     PAPER,
     Option("mean, blocks of B/2", by_mean, 2, 0, of_block=1),
     Option("mean, blocks of B/4", by_mean, 4, 0, of_block=1),
-    Option("mean + spread", by_spread, 1, 0, of_block=2),
-    Option("mean + spread, B/4", by_spread, 4, 0, of_block=2),
+    Option("spread", by_spread, 1, 0, of_block=2),
+    Option("spread, B/2", by_spread, 2, 0, of_block=2),
+    Option("spread, B/4", by_spread, 4, 0, of_block=2),
     Option("two levels, mean, 2m then B/4", by_mean, 4, 2, of_block=1),
     Option("two levels, spread, 2m then B/4", by_spread, 4, 2, of_block=2),
     Option("probe, greatest", functools.partial(by_probe, how="max"), 1, 0, of_token=2),

@@ -2,6 +2,15 @@
 
 "paper" is HISA's own (arXiv 2603.28458): the score of a block's mean key.  A mean hides a token that stands out.
 
+"spread" adds how far a block's keys are from their mean.  Each head's product with the block is
+
+    q[t,h] . mean + sign(w[t,h]) |q[t,h]| . spread,    spread[d] = 2^floor(log2(sigma[d] sqrt(SPREAD_SCALE / D)))
+
+where sigma is the keys' standard deviation and |q| goes by dimension: a second product with a second vector.  It gives
+the score of a key that is some four standard deviations of q . k away from the mean, if dimensions are independent and
+alike, in the direction that raises the block's score.  Two or eight in place of four change little, so a power of two
+is fine enough, and exact.  ``reference.block_representatives`` has the definition.
+
 "probe" is this project's: every visible token is scored with two heads instead of H, which add up those of positive
 weight and those of negative,
 
@@ -22,8 +31,11 @@ from typing import NamedTuple
 
 from .budget import Budget
 
-PAPER, PROBE, TWO_LEVEL = "paper", "probe", "two-level"
-COARSE_STAGES = (PAPER, PROBE, TWO_LEVEL)
+PAPER, SPREAD, PROBE, TWO_LEVEL = "paper", "spread", "probe", "two-level"
+COARSE_STAGES = (PAPER, SPREAD, PROBE, TWO_LEVEL)
+# Twice the square of about four standard deviations: rounded down, a power of two is half a factor of two too small.
+# A prime, so that the variance of small integers is hardly ever just at the border between two powers.
+SPREAD_SCALE = 31
 # Tokens of an outer block, or less: blocks that are not smaller are outer blocks themselves.
 OUTER_TOKENS = 128
 # Tokens in kept outer blocks for each one in kept blocks.
@@ -32,8 +44,8 @@ LEVEL_RATIO = 4
 _RANK = 16
 # What one program of a GPU selects among.
 _LARGEST_SAMPLE = 8192
-# By default the probe may cost this share of the refinement's arithmetic: at it a call took 1.21 times as long as with
-# means in float8, 1.23 in bfloat16; at twice as much 1.30 and 1.34 (an H100, benchmarks/results/coarse.md).
+# By default the probe may cost this share of the refinement's arithmetic: at it a call took 1.19 times as long as with
+# means in float8, 1.20 in bfloat16; with half of it 1.09 and 1.10 (an H100, benchmarks/results/coarse.md).
 PROBE_SHARE = 0.25
 # Neighbouring tokens of the sample are not a fixed distance apart, so that nothing that repeats is always met.
 JITTER = 7919
@@ -90,6 +102,16 @@ def outer_of(coarse: str | None, tokens: int, budget: Budget) -> Budget | None:
         return None
     outer = outer_budget(budget)
     return outer if -(-tokens // outer.block_size) > outer.block_topk else None
+
+
+def probes(coarse: str | None) -> bool:
+    """Whether a stage scores tokens by the probe's two heads; else blocks go by representatives alone."""
+    return coarse in (PROBE, TWO_LEVEL)
+
+
+def vectors_of_block(coarse: str | None) -> int:
+    """Of how many vectors side by side, each of D numbers, a block's representative in ``k_pooled`` is made."""
+    return 2 if coarse == SPREAD else 1
 
 
 def size_of_means(coarse: str | None, block_size: int) -> int:

@@ -21,24 +21,23 @@ import torch
 from torch import Tensor
 
 from .budget import Budget
-from .coarse import PAPER, Sample, outer_of, sample_of
+from .coarse import PAPER, SPREAD, Sample, outer_of, probes, sample_of
 from .cpu_order import INT32_MIN, float32_products, kept_blocks, rank_of, sort_by_score, unique_rank
+from .cpu_pool import TILE_ELEMENTS, pool_keys_cpu
 from .cpu_rows import Rows, segment_bounds
 from .reference import (
     in_own_units,
-    pooled_dtype,
     probe_block_scores,
     probe_limits,
     probe_worths,
     sample_positions,
+    spread_queries,
 )
 from .visibility import Visibility
 
 # Rows whose products are one operation.  More would spread better over many threads, but a single query,
 # as in decoding, pays for a whole group.
 GROUP = 8
-# Elements of a group's tile of keys: 1 MiB of float32.
-TILE_ELEMENTS = 1 << 18
 # Candidates (rows x columns) that are selected from at once, with about 48 bytes for each: 6 MiB.
 CHUNK_ELEMENTS = 1 << 17
 
@@ -59,10 +58,12 @@ class _Scorer:
         k_scale: Tensor | None,
         k_weight: Tensor | None,
         relu: bool = True,
+        spread: bool = False,
     ) -> None:
+        """``spread``: q as :func:`.reference.spread_queries` has it, of 2 D dimensions, and so have keys."""
         self.q, self.k, self.weights, self.k_scale, self.k_weight = q, k, weights, k_scale, k_weight
-        self.relu = relu
-        self.heads, self.dim = q.shape[2:]
+        self.relu, self.spread = relu, spread
+        self.heads, self.dim = q.shape[2], q.shape[3] * (2 if spread else 1)
         self._largest_tile = min(max(TILE_ELEMENTS // (GROUP * max(self.heads, self.dim, 1)) // 16, 1) * 16, 2048)
         self._batches: list[int] = []
         self._all: list[_Group] = []
@@ -72,8 +73,11 @@ class _Scorer:
         """Make ``rows`` the chunk that the methods below know by number."""
         count = rows.batch.shape[0]
         self._queries = _aligned_rows(self.q, count, self.heads * self.dim)
-        self._queries[:, : self.heads * self.dim] = self.q[rows.batch, rows.query].flatten(1)
         self._weights = self.weights[rows.batch, rows.query].float()
+        queries = self.q[rows.batch, rows.query]
+        if self.spread:
+            queries = spread_queries(queries, self._weights)
+        self._queries[:, : self.heads * self.dim] = queries.flatten(1)
         self._batches = rows.batch.tolist()
         self._all = self._groups(range(count))
 
@@ -199,38 +203,6 @@ class _Group(NamedTuple):
     runs: list[tuple[int, slice]]
     """Consecutive rows of one batch entry."""
     only_batch: int | None
-
-
-def pool_keys_cpu(
-    k: Tensor, block_size: int, key_valid: Tensor | None, k_scale: Tensor | None, k_weight: Tensor | None
-) -> Tensor:
-    """``hisa::pool_keys``: ``reference.block_means`` with a float32 copy of a few blocks at a time only."""
-    batch, tokens, dim = k.shape
-    blocks = -(-tokens // block_size)
-    means = k.new_empty((batch, blocks, dim), dtype=pooled_dtype(k.dtype))
-    step = max(1, TILE_ELEMENTS // max(block_size * dim, 1))
-    valid = k.new_ones((1, tokens), dtype=torch.bool) if key_valid is None else key_valid
-    padded = torch.nn.functional.pad(valid, (0, blocks * block_size - tokens))
-    counts = padded.view(valid.shape[0], blocks, block_size).sum(-1).clamp_min_(1).expand(batch, blocks)
-    for entry in range(batch):
-        for block in range(0, blocks, step):
-            size = min(step, blocks - block)
-            first, last = block * block_size, min((block + size) * block_size, tokens)
-            # Contiguous, because the order of a sum may depend on the layout.
-            keys = k[entry, first:last].float().contiguous()
-            factor = None if k_scale is None else k_scale[entry, first:last]
-            if k_weight is not None:
-                magnitude = k_weight[entry, first:last].abs()
-                factor = magnitude if factor is None else factor * magnitude
-            if factor is not None:
-                keys = keys * factor[:, None]
-            if key_valid is not None:
-                # where, not a product: a NaN in an invalid key must not reach the mean.
-                keys = torch.where(key_valid[entry, first:last, None], keys, 0.0)
-            keys = torch.nn.functional.pad(keys, (0, 0, 0, size * block_size - (last - first)))
-            sums = keys.view(size, block_size, dim).sum(1)
-            means[entry, block : block + size] = sums / counts[entry, block : block + size, None]
-    return means
 
 
 class _Probe:
@@ -378,14 +350,14 @@ def indexer_topk_cpu(
     means = bounds = probe = levels = None
     columns = tokens
     outer = outer_of(coarse, tokens, budget)
-    if blocks > budget.block_topk and coarse != PAPER:
+    if blocks > budget.block_topk and probes(coarse):
         probe = _Probe(q, k, weights, k_scale, k_weight)
         sample = sample_of(tokens, topk)
         columns += budget.candidates
     if blocks > budget.block_topk and (probe is None or outer is not None):
         means, size = k_pooled, budget.block_size if outer is None else outer.block_size
         if means is None:
-            means = pool_keys_cpu(k, size, visibility.key_valid, k_scale, k_weight)
+            means = pool_keys_cpu(k, size, visibility.key_valid, k_scale, k_weight, coarse == SPREAD)
         if visibility.k_segment is not None and visibility.mask is None:
             bounds = segment_bounds(visibility.k_segment, size, visibility.key_valid)
         # A token's visibility is a byte or two, a small part of what a candidate takes.
@@ -413,7 +385,11 @@ def indexer_topk_cpu(
                 eligible = in_blocks.view(-1, blocks, budget.block_size).any(-1)
                 found = _refined(scorer, rows, width, block_scores, eligible, budget)
             elif means is not None:
-                block_scores = scorer.all_keys(means, rows.spans(budget.block_size))
+                spans = rows.spans(budget.block_size)
+                if coarse == SPREAD:
+                    block_scores = _scores_by_spread(q, k, weights, rows, means, spans)
+                else:
+                    block_scores = scorer.all_keys(means, spans)
                 # Beside the scores and bounds of all blocks, so a part of a chunk's candidates at once.
                 eligible = rows.sees_in_blocks(budget.block_size, blocks, bounds, CHUNK_ELEMENTS // 4)
                 found = _refined(scorer, rows, width, block_scores, eligible, budget)
@@ -426,6 +402,15 @@ def indexer_topk_cpu(
             # One NaN for all: which bits of one come through a cast depends on how it was vectorised.
             scores.view(-1, width)[first:last] = found_scores.masked_fill(found_scores.isnan(), float("nan"))
     return indices, scores
+
+
+def _scores_by_spread(
+    q: Tensor, k: Tensor, weights: Tensor, rows: Rows, means: Tensor, spans: list[list[int]]
+) -> Tensor:
+    """Scores of blocks [R, M] by a scorer of its own, whose longer queries are gone when candidates are scored."""
+    scorer = _Scorer(q, k, weights, None, None, spread=True)
+    scorer.load(rows)
+    return scorer.all_keys(means, spans)
 
 
 def _flat(scorer: _Scorer, rows: Rows, width: int) -> tuple[Tensor, Tensor, Tensor]:

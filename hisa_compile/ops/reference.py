@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .budget import resolve_budget
-from .coarse import JITTER, PAPER, Sample, outer_of, resolve_coarse, sample_of
+from .coarse import JITTER, SPREAD, SPREAD_SCALE, Sample, outer_of, probes, resolve_coarse, sample_of
 from .visibility import Visibility
 
 
@@ -77,6 +77,52 @@ def block_means(
     A key counts as |k_weight| * k_scale * k.  ReLU lets a factor >= 0 through, so for weights of no sign the mean
     speaks for the scores as they are, and otherwise for their magnitude.
     """
+    return block_representatives(k, block_size, key_valid, k_scale, k_weight)
+
+
+def block_representatives(
+    k: Tensor,
+    block_size: int,
+    key_valid: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    spread: bool = False,
+) -> Tensor:
+    """What blocks are ranked by: :func:`block_means`, and with ``spread`` their spreads behind them, [B, M, 2 D].
+
+    A spread says how far the block's valid keys are from their mean: in each dimension the power of two at or below
+    sqrt(SPREAD_SCALE / D) standard deviations, or the dtype's greatest; 0 where keys are alike.  NaN and inf remain.
+    """
+    mean, variance = _moments(k, block_size, key_valid, k_scale, k_weight)
+    dtype = pooled_dtype(k.dtype)
+    if not spread:
+        return mean.to(dtype)
+    spreads = power_of_two_root(variance * (SPREAD_SCALE / max(k.shape[2], 1)), most_spread(k.dtype))
+    return torch.cat((mean, spreads), -1).to(dtype)
+
+
+def power_of_two_root(x: Tensor, most: float) -> Tensor:
+    """The greatest power of two whose square is at most x >= 0, or ``most``; 0 below the least normal float32."""
+    power = torch.ldexp(torch.ones_like(x), (torch.frexp(x).exponent - 1).div(2, rounding_mode="floor"))
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.where(x.isfinite(), torch.where(x >= tiny, power.clamp_max(most), 0.0), x)
+
+
+def most_spread(key_dtype: torch.dtype) -> float:
+    """The greatest spread: float16 has no power of two above 2^15, other dtypes all that a root of float32 can be."""
+    return 2.0**15 if key_dtype == torch.float16 else 2.0**127
+
+
+def spread_queries(q: Tensor, weights: Tensor) -> Tensor:
+    """What meets means and spreads side by side: q, then |q| with the sign of its head's weight; [B, S, H, 2 D]."""
+    q = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return torch.cat((q, torch.where(weights[..., None] < 0, -q.abs(), q.abs())), -1)
+
+
+def _moments(
+    k: Tensor, block_size: int, key_valid: Tensor | None, k_scale: Tensor | None, k_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each block's valid keys, 0 for a block with none, [B, M, D] in float32 or float64."""
     batch, tokens, dim = k.shape
     blocks = -(-tokens // block_size)
     keys = k.to(torch.promote_types(pooled_dtype(k.dtype), torch.float32))
@@ -91,9 +137,11 @@ def block_means(
     keys = torch.where(valid[..., None], keys, 0.0)
     padding = blocks * block_size - tokens
     keys = torch.nn.functional.pad(keys, (0, 0, 0, padding)).view(batch, blocks, block_size, dim)
-    count = torch.nn.functional.pad(valid, (0, padding)).view(batch, blocks, block_size).sum(-1)
+    inside = torch.nn.functional.pad(valid, (0, padding)).expand(batch, -1).view(batch, blocks, block_size)
+    count = inside.sum(-1)
     mean = keys.sum(2) / count.clamp_min(1)[..., None]
-    return mean.to(pooled_dtype(k.dtype))
+    offset = torch.where(inside[..., None], keys - mean[:, :, None], 0.0)
+    return mean, offset.square().sum(2) / count.clamp_min(1)[..., None]
 
 
 def probe_queries(q: Tensor, weights: Tensor) -> Tensor:
@@ -252,9 +300,13 @@ def indexer_topk(
     eligible = in_blocks.any(-1)
     if blocks <= budget.block_topk:
         kept = eligible
-    elif (stage := resolve_coarse(coarse, tokens, q.shape[2], budget, k_pooled is not None)) == PAPER:
-        means = block_means(k, budget.block_size, key_valid, k_scale, k_weight) if k_pooled is None else k_pooled
-        kept = kept_blocks(indexer_scores(q, means, weights), eligible, budget.block_topk)
+    elif not probes(stage := resolve_coarse(coarse, tokens, q.shape[2], budget, k_pooled is not None)):
+        spread = stage == SPREAD
+        pooled = k_pooled
+        if pooled is None:
+            pooled = block_representatives(k, budget.block_size, key_valid, k_scale, k_weight, spread)
+        queries = spread_queries(q, weights) if spread else q
+        kept = kept_blocks(indexer_scores(queries, pooled, weights), eligible, budget.block_topk)
     else:
         if outer := outer_of(stage, tokens, budget):
             means = block_means(k, outer.block_size, key_valid, k_scale, k_weight) if k_pooled is None else k_pooled

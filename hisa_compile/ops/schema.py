@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .budget import check_block_size, resolve_budget
-from .coarse import resolve_coarse, size_of_means
+from .coarse import resolve_coarse
 from .reference import pooled_dtype
 from .validate import check_arguments, check_pool_arguments, check_pooled, check_stage
 from .visibility import Visibility
@@ -37,8 +37,8 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 library.define(
-    "pool_keys(Tensor k, int block_size, Tensor? key_valid=None, Tensor? k_scale=None, Tensor? k_weight=None) "
-    "-> Tensor",
+    "pool_keys(Tensor k, int block_size, Tensor? key_valid=None, Tensor? k_scale=None, Tensor? k_weight=None, "
+    "bool spread=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
@@ -68,7 +68,7 @@ def run(
     check_stage(coarse, k_pooled)
     budget = resolve_budget(topk, block_size, block_topk)
     if k_pooled is not None:
-        check_pooled(k_pooled, k, size_of_means(coarse, budget.block_size))
+        check_pooled(k_pooled, k, coarse, budget.block_size)
     stage = resolve_coarse(coarse, k.shape[1], q.shape[2], budget, k_pooled is not None)
     # Imported at the first call: neither Triton nor the CPU path is needed to trace or to rewrite a graph.
     if q.device.type == "cpu":
@@ -111,7 +111,7 @@ def meta(
     if isinstance(topk, int):
         block_size = resolve_budget(topk, block_size, block_topk).block_size
     if k_pooled is not None:
-        check_pooled(k_pooled, k, None if block_size is None else size_of_means(coarse, block_size))
+        check_pooled(k_pooled, k, coarse, block_size)
     tokens = k.shape[1]
     # A plain number where it is known to be one, so that a rewritten graph's shapes stay as they were.
     width = topk if statically_known_true(topk <= tokens) else torch.sym_min(topk, tokens)
@@ -138,16 +138,17 @@ def _run_pool(
     key_valid: Tensor | None = None,
     k_scale: Tensor | None = None,
     k_weight: Tensor | None = None,
+    spread: bool = False,
 ) -> Tensor:
     check_pool_arguments(k, key_valid=key_valid, k_scale=k_scale, k_weight=k_weight)
     check_block_size(block_size)
     if k.device.type == "cpu":
-        from .cpu import pool_keys_cpu
+        from .cpu_pool import pool_keys_cpu
 
-        return pool_keys_cpu(k, block_size, key_valid, k_scale, k_weight)
-    from .triton.launch import pool_keys_triton
+        return pool_keys_cpu(k, block_size, key_valid, k_scale, k_weight, spread)
+    from .triton.launch_pool import pool_keys_triton
 
-    return pool_keys_triton(k, block_size, key_valid, k_scale, k_weight)
+    return pool_keys_triton(k, block_size, key_valid, k_scale, k_weight, spread)
 
 
 @torch.library.register_fake(POOL_NAME, lib=library)
@@ -157,11 +158,13 @@ def _meta_pool(
     key_valid: Tensor | None = None,
     k_scale: Tensor | None = None,
     k_weight: Tensor | None = None,
+    spread: bool = False,
 ) -> Tensor:
     check_pool_arguments(k, key_valid=key_valid, k_scale=k_scale, k_weight=k_weight)
     check_block_size(block_size)
     batch, tokens, dim = k.shape
-    return k.new_empty((batch, -(-tokens // block_size), dim), dtype=pooled_dtype(k.dtype))
+    width = 2 * dim if spread else dim
+    return k.new_empty((batch, -(-tokens // block_size), width), dtype=pooled_dtype(k.dtype))
 
 
 def _no_gradient_of_means(ctx: Any, grad_means: Tensor | None) -> None:
@@ -226,13 +229,18 @@ def indexer_topk(
             Token s is visible where k_segment[b,s] == q_segment[b,t]: packed sequences, chunks, any classes.  Ids
             may have any values in any order.
         k_weight: float32 [B, T] of any sign, multiplies the token's score (dequantisation after the ReLU).
-        k_pooled: [B, M, D], M = ceil(T / B) for the budget's B, the blocks' means as :func:`pool_keys` gives them, in
-            k's dtype, bfloat16 for float8.  Any strides.  With "two-level" those of its outer blocks, M = ceil(T / O).
-            Blocks, or outer ones, are then ranked by these, and the keys are not averaged, which reads all T of them.
-            Whether they are the keys' means is the caller's affair: others, older ones say, change which blocks are
-            kept and nothing else.  The mean of a block with no visible token never matters.  Where T <= m * B all
-            blocks are kept, with "two-level" where all outer ones are, and the means are checked but not read.
+        k_pooled: what blocks are ranked by, as :func:`pool_keys` gives it, in k's dtype, bfloat16 for float8.  Any
+            strides.  With "paper", or no ``coarse``, the blocks' means, [B, M, D], M = ceil(T / B) for the budget's B;
+            with "spread" means and spreads, [B, M, 2 D], from ``pool_keys(spread=True)``;
+            with "two-level" the means of its outer blocks, [B, ceil(T / O), D].
+            The keys are then not averaged, which reads all T of them.  Whether these are the keys' own is the caller's
+            affair: others, older ones say, change which blocks are kept and nothing else.  Those of a block with no
+            visible token never matter.  Where T <= m * B all blocks are kept, with "two-level" where all outer ones
+            are, and they are checked but not read.
         coarse: "paper" ranks blocks by the sum above on the mean of |k_weight| * k_scale * k over their valid keys.
+            "spread" adds to each head's product with the mean one of |q| with how far the keys are from it, in the
+            direction of the head's weight: some four standard deviations
+            (``reference.block_representatives``).
             "probe" ranks them by what their visible tokens' scores with two heads, which add up those of positive and
             those of negative weight, have above a threshold, which finds more of the flat selection
             (docs/fidelity.md).  "two-level" ranks outer blocks of O = B * max(1, min(4, 128 // B)) tokens by their
@@ -283,6 +291,7 @@ def pool_keys(
     key_valid: Tensor | None = None,
     k_scale: Tensor | None = None,
     k_weight: Tensor | None = None,
+    spread: bool = False,
 ) -> Tensor:
     """The mean of each block's keys, by which :func:`indexer_topk` ranks blocks (HISA, arXiv 2603.28458, step 1).
 
@@ -296,10 +305,15 @@ def pool_keys(
         key_valid: bool [B, T].  Only valid keys count; what the others hold, NaN say, changes nothing.
         k_scale: float32 [B, T], multiplies the key.
         k_weight: float32 [B, T], its magnitude multiplies the key.
+        spread: what ``coarse="spread"`` ranks by, which is this project's: behind each mean how far the keys are from
+            it, in each dimension the power of two at or below sqrt(31 / D) standard deviations.
 
     Returns:
-        [B, ceil(T / block_size), D], contiguous, in k's dtype, bfloat16 for float8: of each block the mean of
-        |k_weight| * k_scale * k over its valid keys, accumulated in float32 and rounded once; 0 for a block with none.
+        [B, ceil(T / block_size), D], or 2 D with ``spread``, contiguous, in k's dtype, bfloat16 for float8: of each
+        block the mean of |k_weight| * k_scale * k over its valid keys, accumulated in float32 and rounded once; 0 for a
+        block with none.  Then, of the D dimensions in the same order, its spread: 0 where these keys are equal or there
+        is none, or where 31 / D times their variance is below 2^-126; at most 2^15 in float16, which has nothing below
+        2^-24; NaN where one is NaN or inf, inf where the variance is more than a float32.
         The last block may hold fewer than ``block_size`` tokens.  The means carry no gradient: asking for one is an
         error.
 
@@ -309,6 +323,6 @@ def pool_keys(
         TypeError: a dtype does not fit, likewise.
     """
     means: Tensor = torch.ops.hisa.pool_keys.default(
-        k, block_size, key_valid=key_valid, k_scale=k_scale, k_weight=k_weight
+        k, block_size, key_valid=key_valid, k_scale=k_scale, k_weight=k_weight, spread=spread
     )
     return means

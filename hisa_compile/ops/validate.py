@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .coarse import PROBE, check_coarse
+from .coarse import PROBE, check_coarse, size_of_means, vectors_of_block
 from .reference import pooled_dtype
 
 KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -86,12 +86,15 @@ def check_pool_arguments(
     _check_devices({"key_valid": key_valid, "k_scale": k_scale, "k_weight": k_weight}, "k", k.device)
 
 
-def check_pooled(k_pooled: Tensor, k: Tensor, block_size: int | None) -> None:
-    """Check the given block means of ``k``, whose own checks passed; errors as :func:`check_arguments`.
+def check_pooled(k_pooled: Tensor, k: Tensor, coarse: str | None, block_size: int | None) -> None:
+    """Check the given representatives of ``k``'s blocks, k's own checks passed; errors as :func:`check_arguments`.
 
-    ``block_size`` is that of the blocks whose means they are, None where a symbolic topk leaves it open.
+    ``block_size`` is the budget's, None where a symbolic topk leaves it open.
     """
     batch, tokens, dim = k.shape
+    vectors = vectors_of_block(coarse)
+    if block_size is not None:
+        block_size = size_of_means(coarse, block_size)
     _check_dtype("k_pooled", k_pooled, (pooled_dtype(k.dtype),))
     blocks = tokens if block_size is None else -(-tokens // block_size)
     if k_pooled.dim() == 3 and (block_size is None or not statically_known_true(k_pooled.shape[1] != blocks)):
@@ -99,7 +102,8 @@ def check_pooled(k_pooled: Tensor, k: Tensor, block_size: int | None) -> None:
         # symbolic length would be a guard, and one that torch.export refuses; the call itself has plain sizes.
         blocks = k_pooled.shape[1]
     size = "block_size" if block_size is None else block_size
-    _check_dims("k_pooled", k_pooled, f"[B, ceil(T / {size}), D]", (batch, blocks, dim))
+    dims = f"[B, ceil(T / {size}), {'D' if vectors == 1 else f'{vectors} D'}]"
+    _check_dims("k_pooled", k_pooled, dims, (batch, blocks, vectors * dim))
     _check_devices({"k_pooled": k_pooled}, "q", k.device)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 
 from ..ops.budget import Budget
-from ..ops.coarse import PROBE, TWO_LEVEL, longest_probed, outer_budget
+from ..ops.coarse import TWO_LEVEL, longest_probed, outer_budget, probes, vectors_of_block
 
 # The number of tokens a query's indexer sees, in the work expressions.
 T = sympy.Symbol("T", integer=True, positive=True)
@@ -77,16 +77,16 @@ class Site:
     def work_after(self) -> sympy.Expr | None:
         """Multiply-adds a query of HISA, in T: every token while they fit m * B, then coarse stage and m * B tokens.
 
-        The coarse stage is H heads on the means of blocks, or the probe's two on the tokens, or on those of the outer
-        blocks that H heads on their means keep; which one may depend on T.
+        The coarse stage is H heads on the means of blocks, on their spreads too, or the probe's two on the tokens, or
+        on those of the outer blocks that H heads on their means keep; which one may depend on T.
         """
         if self.heads is None or self.head_dim is None or self.budget is None:
             return None
         candidates = self.budget.candidates
-        means = sympy.ceiling(T / self.budget.block_size) + candidates
+        means = vectors_of_block(self.coarse) * sympy.ceiling(T / self.budget.block_size) + candidates
         probe = sympy.Rational(2, max(self.heads, 1)) * T + candidates
         longest = longest_probed(self.heads, self.budget)
-        pruned = [(probe if self.coarse in (PROBE, TWO_LEVEL) else means, True)]
+        pruned = [(probe if probes(self.coarse) else means, True)]
         if self.coarse == TWO_LEVEL:
             outer = outer_budget(self.budget)
             levels = sympy.ceiling(T / outer.block_size) + probe.subs(T, outer.candidates)

@@ -1,8 +1,10 @@
 """The coarse stage: scores of block representatives for every query.
 
 Floor: 2 * S * M * H * D operations in the means' dtype, 8.6 GFLOP for 1024 queries at 64K tokens, 12 microseconds at
-the 690 TFLOP/s of a large bfloat16 product; it takes 29 there, :mod:`.coarse_hopper` 21 (an H100, docs/kernels.md).
- A tile of means stays where it is and queries go past it, since means are read once then and queries come from the L2
+the 690 TFLOP/s of a large bfloat16 product; it takes 29 there, :mod:`.coarse_hopper` 19 (an H100, docs/kernels.md).
+With spreads behind the means the floor is 25, and it takes 66 (float8 79).
+
+A tile of means stays where it is and queries go past it, since means are read once then and queries come from the L2
 cache.
 """
 
@@ -17,6 +19,13 @@ from .operands import FP8_NONE, load_operand
 from .overlap import wait_for_kernel_before
 from .score import head_sum, load_query, load_vectors, load_weights, multiply, real_heads
 from .visible import eligible_blocks, group_window, row_coordinates, row_segment, row_window
+
+
+@triton.jit
+def _towards(query, weights):
+    """|q| with the sign of its head's weight: query [TILE_D, PADDED_H], weights [PADDED_H]."""
+    size = tl.abs(query)
+    return tl.where((weights < 0.0)[None, :], -size, size)
 
 
 @triton.jit(
@@ -35,7 +44,7 @@ def coarse_kernel(
     first_row, rows_per_batch, group_rows, S, T, M, pitch, lists,
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, MOST_ROWS: tl.constexpr,
-    STAGES: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr,
+    STAGES: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr, SPREAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Scores of blocks, grid (batches * groups of rows * tiles of TILE blocks).
@@ -43,6 +52,7 @@ def coarse_kernel(
     block_scores_ptr int32 [rows, pitch]: HIDDEN_BITS where the block is not eligible.  Tiles that no window of a group
     touches may not be written.  The tile of means stays where it is while a group of ``group_rows`` <= MOST_ROWS rows
     of one batch goes past it, so a mean is read once a group and a query once a tile.
+    With SPREAD there are D spreads behind each mean, and a second product, see ``reference.spread_queries``.
     counts_ptr int32 [lists], where given, gets zeros, to be counted in by :func:`.select.select_blocks_kernel`.
     """
     wait_for_kernel_before(OVERLAP)
@@ -78,6 +88,9 @@ def coarse_kernel(
         block = column.to(tl.int64)
         mean_ptr = means_ptr + batch * means_sb + block * means_sm
         means = load_vectors(mean_ptr, means_sd, exists, 0, D, TILE_D, FP8_NONE)
+        if SPREAD:
+            spread_ptr = mean_ptr + tl.full([], D, tl.int64) * means_sd
+            spreads = load_vectors(spread_ptr, means_sd, exists, 0, D, TILE_D, FP8_NONE)
         for i in tl.range(first, last, num_stages=STAGES):
             query_index = first_query + i
             row = batch_here * rows_per_batch + i
@@ -94,11 +107,16 @@ def coarse_kernel(
                 k_segment_ptr, k_segment_st, low_ptr, high_ptr, segment, BLOCK_SIZE,
             )  # fmt: skip
             products = multiply(means, query, tl.zeros([TILE, PADDED_H], tl.float32), WIDEN)
+            if SPREAD:
+                products = multiply(spreads, _towards(query.to(spreads.dtype), weights), products, WIDEN)
             if D > TILE_D:
                 for d in range(TILE_D, D, TILE_D):
                     x = load_vectors(mean_ptr, means_sd, exists, d, D, TILE_D, FP8_NONE)
                     part = load_query(row_q_ptr, q_sh, q_sd, d, H, D, PADDED_H, TILE_D, FP8)
                     products = multiply(x, part, products, WIDEN)
+                    if SPREAD:
+                        x = load_vectors(spread_ptr, means_sd, exists, d, D, TILE_D, FP8_NONE)
+                        products = multiply(x, _towards(part.to(x.dtype), weights), products, WIDEN)
             scores = head_sum(products, weights, real_heads(H, PADDED_H), None, None, None)
             tl.store(
                 block_scores_ptr + row.to(tl.int64) * pitch + column, score_bits(scores, eligible), mask=column < pitch

@@ -46,6 +46,8 @@ MANY_PROGRAMS = 2048
 MANY_ROW_PROGRAMS = 512
 # A tile of means is read for fewer rows than that of a block's keys: it pays to wait for more of them.
 MANY_COARSE_PROGRAMS = 640
+# Blocks that rows go past together where each has a spread behind its mean.
+SPREAD_TILE = 64
 # Heads of a query whose elements are on their way together where they are added up.
 HEADS_STEP = 32
 # Programs that go over all keys for a group of rows, and the tokens that one of sm_90's looks at together.
@@ -146,10 +148,10 @@ def by_block_launch(
     tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture, hopper: bool = False
 ) -> Launch:
     """``hopper``: of the version for sm_90; the groups are the same."""
-    kernel = "refine_by_block_hopper" if hopper else "refine_by_block"
-    if hopper and tiles.tile == 64:
-        kernel = "refine_by_block_hopper_64"
-    row = lookup(_shape(kernel, tiles, dtype, dim), architecture)
+    shape = _shape("refine_by_block", tiles, dtype, dim)
+    if hopper:
+        shape = shape._replace(kernel="refine_by_block_hopper", tile=tiles.tile)
+    row = lookup(shape, architecture)
     groups = lookup(_shape("by_block_groups", tiles, dtype, dim), architecture)
     most_rows, programs = groups.most_rows or MOST_ROWS, groups.programs or MANY_PROGRAMS
     return Launch(row.stages, tiles.num_warps, row.maxnreg, most_rows, programs)

@@ -26,9 +26,8 @@ SAME_AS: dict[Architecture, Architecture] = {103: 100, 121: 120}
 
 # What a row says, by what it is for.  by_block_groups: how far lists of pairs, and rows where every block is kept, are
 # cut for the refinement by block, which is settled before it is known whether refine_by_block or its version for sm_90
-# runs.  refine_by_block_hopper_64: that version where blocks have 64 tokens, so that a product takes half the registers
-# and half the time in which the next query arrives.  The others are kernels; select_tokens has what :mod:`.long_rows`
-# does before it with it, sort is all three of :mod:`.finish`.
+# runs.  The others are kernels; select_tokens has what :mod:`.long_rows` does before it with it, sort is all three of
+# :mod:`.finish`.
 FIELDS: dict[str, tuple[str, ...]] = {
     "coarse": ("stages", "maxnreg", "most_rows", "programs"),
     "coarse_hopper": ("stages", "maxnreg", "most_rows", "programs"),
@@ -36,7 +35,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "probe_blocks_hopper": ("stages", "maxnreg", "programs"),
     "refine_by_block": ("stages", "maxnreg"),
     "refine_by_block_hopper": ("stages", "maxnreg"),
-    "refine_by_block_hopper_64": ("stages", "maxnreg"),
     "by_block_groups": ("most_rows", "programs"),
     "refine_by_row": ("stages", "maxnreg", "programs"),
     "select_blocks": ("num_warps", "maxnreg"),
@@ -45,6 +43,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 # Those that know no heads: their classes are widths.
 WIDE = ("select_blocks", "select_tokens", "sort")
+# Those whose registers go by the tokens of a tile: a product of 64 takes half of what one of 128 does.
+TILED = ("refine_by_block_hopper",)
 # Entries of a row, or of a tile of one, at most; the last class has all that are longer, too.
 WIDTHS = (512, 1024, 2048, 4096, 8192, 16384)
 ITEM_SIZES, DIMS = (1, 2, 4), (16, 32, 64, 128, 256)
@@ -58,6 +58,7 @@ class Shape(NamedTuple):
     padded_heads: heads, padded to a power of 2 from 16 on.
     dim: the same of D; 256 is all that is above 128.
     width: one of WIDTHS, see :func:`width_class`.
+    tile: tokens of a product, of a kernel in TILED.
     """
 
     kernel: str
@@ -65,6 +66,7 @@ class Shape(NamedTuple):
     padded_heads: int | None = None
     dim: int | None = None
     width: int | None = None
+    tile: int | None = None
 
 
 class Configuration(NamedTuple):
@@ -105,8 +107,9 @@ _ANYWHERE: Rows = {
     Shape("refine_by_block_hopper", 1): Configuration(stages=2, maxnreg=128),
     Shape("refine_by_block_hopper", 1, 256): Configuration(stages=2, maxnreg=168),
     Shape("refine_by_block_hopper", 2): Configuration(stages=2, maxnreg=168),
-    Shape("refine_by_block_hopper_64", 1): Configuration(stages=2, maxnreg=96),
-    Shape("refine_by_block_hopper_64", 2): Configuration(stages=2, maxnreg=96),
+    # Half the registers, and half the time in which the next query arrives.
+    Shape("refine_by_block_hopper", 1, tile=64): Configuration(stages=2, maxnreg=96),
+    Shape("refine_by_block_hopper", 2, tile=64): Configuration(stages=2, maxnreg=96),
     Shape("by_block_groups"): Configuration(),
     Shape("refine_by_row", 1): Configuration(stages=3),
     Shape("refine_by_row", 2): Configuration(stages=2),
@@ -138,15 +141,17 @@ def width_class(entries: int) -> int:
 
 
 def broader(shape: Shape) -> tuple[Shape, ...]:
-    """The classes that ``shape`` is in, narrowest first: without its last parts, one after another."""
-    kernel, itemsize, heads, dim, _ = shape
-    return (
+    """The classes that ``shape`` is in, narrowest first: without its last parts, one after another; each of any tile
+    after the one of its own."""
+    kernel, itemsize, heads, dim, _, tile = shape
+    of_tile = (
         shape,
-        Shape(kernel, itemsize, heads, dim),
-        Shape(kernel, itemsize, heads),
-        Shape(kernel, itemsize),
-        Shape(kernel),
+        Shape(kernel, itemsize, heads, dim, tile=tile),
+        Shape(kernel, itemsize, heads, tile=tile),
+        Shape(kernel, itemsize, tile=tile),
+        Shape(kernel, tile=tile),
     )
+    return tuple(each for own in of_tile for each in (own, own._replace(tile=None)))
 
 
 def lookup(shape: Shape, architecture: Architecture) -> Configuration:
@@ -172,6 +177,7 @@ _ALLOWED: dict[str, Sequence[int]] = {
     "padded_heads": _powers_of_two(16, 2**16),
     "dim": DIMS,
     "width": WIDTHS,
+    "tile": (64, 128),
     "stages": range(1, 9),
     "maxnreg": range(24, 256),
     "num_warps": _powers_of_two(1, 16),
@@ -186,7 +192,9 @@ _KEYS = ("architecture", "rows", "device", "found", "command", "measured")
 
 def classes_of(kernel: str) -> tuple[str, ...]:
     """The fields of Shape that a kernel's classes have."""
-    return ("width",) if kernel in WIDE else ("itemsize", "padded_heads", "dim")
+    if kernel in WIDE:
+        return ("width",)
+    return ("itemsize", "padded_heads", "dim") + ("tile",) * (kernel in TILED)
 
 
 def _value(name: str, value: Any) -> int | None:

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from ..budget import Budget
-from ..coarse import PAPER, outer_of
+from ..coarse import PAPER, SPREAD, outer_of, probes
 from ..reference import pooled_dtype
 from ..visibility import Visibility
 from . import config, gpu
@@ -27,11 +27,11 @@ from .config import Launch
 from .descriptor import WEIGHTS_ALIGNED, QueryRows, describe, describe_weights, key_rows, query_rows
 from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_kernel
 from .group import list_items_kernel, sort_pairs_kernel
+from .launch_pool import launch_pool
 from .launch_probe import launch_probe
 from .long_rows import count_candidates_kernel, guess_key_kernel, list_candidates_kernel
 from .operands import FP8_BITS
 from .plan import Chunk, Level, Plan, rows_past_a_tile
-from .pool import pool_kernel
 from .refine import refine_by_block_kernel, refine_by_row_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
 from .sizes import cdiv, power_of_2
@@ -75,42 +75,6 @@ def indexer_topk_triton(
     return indices, scores
 
 
-def pool_keys_triton(
-    k: Tensor, block_size: int, key_valid: Tensor | None, k_scale: Tensor | None, k_weight: Tensor | None
-) -> Tensor:
-    """``hisa::pool_keys`` on k's device; arguments are valid, any strides."""
-    batch, tokens, dim = k.shape
-    means = torch.empty((batch, cdiv(tokens, block_size), dim), dtype=pooled_dtype(k.dtype), device=k.device)
-    if means.numel():
-        fp8 = gpu.fp8_mode(k)
-        arguments = gpu.strided("k", k, "btd", fp8) | gpu.strided("scale", k_scale, "bt")
-        arguments |= gpu.strided("k_weight", k_weight, "bt") | gpu.strided("valid", key_valid, "bt")
-        arguments |= gpu.strided("k_segment", None, "bt") | {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
-        with torch.cuda.device_of(k):
-            _pool(arguments | {"means_ptr": means}, batch, tokens, dim, block_size, fp8, gpu.overlaps(k))
-    return means
-
-
-def _pool(
-    arguments: dict[str, Any], batch: int, tokens: int, dim: int, block_size: int, fp8: int, overlap: bool
-) -> None:
-    blocks = cdiv(tokens, block_size)
-    gpu.launch(
-        pool_kernel,
-        batch * blocks,
-        Launch(1, 4),
-        OVERLAP=overlap,
-        **arguments,
-        T=tokens,
-        M=blocks,
-        D=dim,
-        BLOCK_SIZE=block_size,
-        PADDED_D=power_of_2(dim),
-        TILE=min(power_of_2(block_size), 32),
-        FP8=fp8,
-    )
-
-
 class _Call:
     """One call: the kernels' arguments, the workspace, and the stages in their order."""
 
@@ -138,9 +102,10 @@ class _Call:
         self.architecture = gpu.architecture(q)
         self.plan = Plan(
             self.batch, self.queries, heads, self.dim, self.tokens, self.width, budget, q.dtype, sorted,
-            self.architecture, None if coarse == PAPER else topk, outer_of(coarse, self.tokens, budget),
+            self.architecture, topk if probes(coarse) else None, outer_of(coarse, self.tokens, budget),
         )  # fmt: skip
         self.sorted, self.mark_hidden, self.k_pooled = sorted, mark_hidden, k_pooled
+        self.spread = coarse == SPREAD
         self.outputs = {"indices_ptr": indices, "keys_ptr": scores.view(torch.int32)}
         self.scores = scores
 
@@ -169,7 +134,7 @@ class _Call:
         windows_only = visibility.mask is None and visibility.key_valid is None and visibility.k_segment is None
         # Widened queries lie side by side, and rows are copied from multiples of 16 bytes.
         widened = q.dtype.itemsize > 1 or self.dim % 8 == 0
-        by_means = self.plan.by_means is not None and windows_only and widened
+        by_means = self.plan.by_means is not None and windows_only and widened and not self.spread
         self.coarse_copied = self.query_rows is not None and by_means
         # Keys as the accelerator copies them for the probe; a tile is whole blocks or a part of one there.
         self.key_rows = None
@@ -250,7 +215,7 @@ class _Call:
         """What the coarse stage reads of blocks: representatives, and tables that tell which hold a visible token."""
         means = self.k_pooled
         if means is None:
-            shape = (self.batch, ranked.blocks, self.dim)
+            shape = (self.batch, ranked.blocks, 2 * self.dim if self.spread else self.dim)
             means = torch.empty(shape, dtype=pooled_dtype(self.dtype), device=self.device)
         tables: dict[str, Tensor | None] = dict.fromkeys(("last_valid_ptr", "low_ptr", "high_ptr"))
         if self.of_keys["valid_ptr"] is not None:
@@ -260,16 +225,19 @@ class _Call:
                 torch.empty((self.batch, ranked.blocks), dtype=torch.int64, device=self.device) for _ in range(2)
             )
         if self.k_pooled is None or any(table is not None for table in tables.values()):
-            _pool(
+            launch_pool(
                 self.keys | self.of_keys | tables | {"means_ptr": means if self.k_pooled is None else None},
-                self.batch, self.tokens, self.dim, ranked.block_size, self.shape["FP8"], self.overlap,
+                self.batch, self.tokens, self.dim, ranked.block_size, self.shape["FP8"], self.spread, self.overlap,
             )  # fmt: skip
         return gpu.strided("means", means, "bmd") | tables
 
     def coarse(self, chunk: Chunk, at: dict[str, int], ranked: Level, means: dict[str, Any]) -> None:
         """Scores of blocks by their means."""
-        tiles = cdiv(ranked.blocks, self.plan.tiles.tile)
-        work = self.query | self.seen | means | at | self.shape | {"BLOCK_SIZE": ranked.block_size}
+        # Two vectors of a block take the place of two blocks: shared memory holds as many.
+        tile = min(self.plan.tiles.tile, config.SPREAD_TILE) if self.spread else self.plan.tiles.tile
+        tiles = cdiv(ranked.blocks, tile)
+        work = self.query | self.seen | means | at | self.shape | {"BLOCK_SIZE": ranked.block_size, "TILE": tile}
+        work["SPREAD"] = self.spread
         work |= {"block_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch, "M": ranked.blocks}
         work |= {"counts_ptr": self.space.counts, "lists": chunk.batches * self.plan.blocks}
         if self.plan.outer is not None:

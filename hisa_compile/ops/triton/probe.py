@@ -300,9 +300,11 @@ def worth(total, best, threshold, cap):
 @triton.jit
 def of_batch(pointer, stride, batch):
     """``pointer`` at a batch's values; None where there are none."""
+    # Triton 3.6 returns a None of its own, not one that was an argument.
+    moved = None
     if pointer is not None:
-        pointer += batch * stride
-    return pointer
+        moved = pointer + batch * stride
+    return moved
 
 
 @triton.jit
