@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 import hisa_compile
 from hisa_compile.ops.coarse import COARSE_STAGES
 
@@ -37,7 +39,6 @@ from .harness import (
     ratio,
     raw_goals,
     table,
-    torch,
     write,
 )
 

@@ -108,7 +108,7 @@ def figure(panels: list[Panel], caption: str, path: Path) -> None:
     made, row_of_axes = pyplot.subplots(1, len(panels), figsize=(3.9 * len(panels), 4.6), squeeze=False)
     for axes, panel in zip(row_of_axes[0], panels, strict=True):
         draw(axes, panel)
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes in row_of_axes[0]:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)

@@ -91,7 +91,8 @@ def flat(q: Tensor, k: Tensor, weights: Tensor, end: Tensor) -> tuple[Tensor, Te
     scores = torch.einsum("bshd,btd->bsht", q, k).relu()
     total = torch.einsum("bsht,bsh->bst", scores, weights)
     hidden = torch.arange(k.shape[1], device=k.device) >= end[..., None]
-    return tuple(total.masked_fill(hidden, float("-inf")).topk(TOPK, sorted=False))
+    best, tokens = total.masked_fill(hidden, float("-inf")).topk(TOPK, sorted=False)
+    return best, tokens
 
 
 def flat_arguments(given: Inputs) -> tuple[Tensor, ...]:
