@@ -162,6 +162,16 @@ def test_groups_of_the_table_come_before_the_constants(table: dict[Any, Any], mo
     assert Plan(*sizes, 80).pairs_of_item == 4
 
 
+def test_rows_with_spreads_leave_no_room_for_wide_queries() -> None:
+    """A float8 query is copied in the means' dtype for the kernel of means alone, two bytes a head and dimension."""
+    sizes = (1, 4096, 64, 128, 65536, 4096, Budget(128, 128), FP8, False, 90)
+    means, spreads = (Plan(*sizes, spread=spread).chunks[0].rows for spread in (False, True))
+    room = config.WORKSPACE_BYTES / means - config.WORKSPACE_BYTES / spreads
+    assert 0.9 < room / (2 * 64 * 128) < 1.2
+    other = (*sizes[:7], torch.bfloat16, *sizes[8:])
+    assert Plan(*other).chunks == Plan(*other, spread=True).chunks
+
+
 def test_width_classes() -> None:
     assert [configurations.width_class(n) for n in (1, 512, 513, 8192, 8193, 16384, 10**6)] == [
         512, 512, 1024, 8192, 16384, 16384, 16384,

@@ -100,12 +100,12 @@ class _Call:
         self.device, self.dtype = q.device, q.dtype
         self.block_size, self.block_topk = budget
         self.architecture = gpu.architecture(q)
+        self.spread = coarse == SPREAD
         self.plan = Plan(
             self.batch, self.queries, heads, self.dim, self.tokens, self.width, budget, q.dtype, sorted,
-            self.architecture, topk if probes(coarse) else None, outer_of(coarse, self.tokens, budget),
+            self.architecture, topk if probes(coarse) else None, outer_of(coarse, self.tokens, budget), self.spread,
         )  # fmt: skip
         self.sorted, self.mark_hidden, self.k_pooled = sorted, mark_hidden, k_pooled
-        self.spread = coarse == SPREAD
         self.outputs = {"indices_ptr": indices, "keys_ptr": scores.view(torch.int32)}
         self.scores = scores
 

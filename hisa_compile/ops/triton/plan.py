@@ -58,7 +58,8 @@ def rows_past_a_tile(rows: int, tiles: int, how: config.Launch) -> int:
 
 
 class Plan:
-    """``probe_topk``: topk where blocks go by the probe; ``outer``: inside which outer blocks, see ``coarse.outer_of``.
+    """``probe_topk``: topk where blocks go by the probe; ``outer``: inside which outer blocks, see ``coarse.outer_of``;
+    ``spread``: whether a spread stands behind each mean.
 
     Attributes, all from sizes, pairs_of_item from the architecture too:
 
@@ -90,6 +91,7 @@ class Plan:
         architecture: Architecture,
         probe_topk: int | None = None,
         outer: Budget | None = None,
+        spread: bool = False,
     ) -> None:
         block_size, block_topk = budget
         self.blocks = cdiv(tokens, block_size)
@@ -119,8 +121,8 @@ class Plan:
             if self.sample is not None:
                 # Two heads, their dtype two bytes where float8 is taken apart; the threshold and the cap.
                 row_bytes += 2 * dim * max(2, dtype.itemsize) + 8
-            if self.by_means is not None and dtype.itemsize == 1:
-                # The query in the means' dtype.
+            if self.by_means is not None and dtype.itemsize == 1 and not spread:
+                # The query in the means' dtype, for the kernel that knows no spreads.
                 row_bytes += 2 * heads * dim
             if self.outer is not None:
                 # Which outer blocks a row keeps, and its share of the lists of those that its groups do.
