@@ -16,14 +16,17 @@ INSTALLED := $(VENV)/.hisa_compile-installed
 # The oldest Triton that kernels have to compile with (torch 2.11's), beside the tested one.
 OLD_TRITON := $(VENV)/triton-3.6.0
 
+GPU_TESTS := $(wildcard tests/test_triton_*.py) tests/test_gpu_models.py $(wildcard tests/test_fidelity*.py) $(wildcard tests/test_shadow*.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-old-triton test-slow check fidelity clean
+.PHONY: help demo test test-old-triton test-slow test-gpu check fidelity clean
 
 help:
 	@echo "make demo   install into $(VENV), then compile a small DeepSeek-V3.2 with HISA (examples/quickstart.py)"
 	@echo "make test   install into $(VENV), then run the test suite (GPU tests skip without a GPU)"
 	@echo "make test-old-triton  compile the kernels of sm_90 with the oldest Triton that is supported"
 	@echo "make test-slow  every model and case, ten thousand programs, a sweep: several hours on 2 cores"
+	@echo "make test-gpu  what has code of its own for a GPU, on a machine with one"
 	@echo "make check  install into $(VENV), then run ruff and mypy"
 	@echo "make fidelity  what HISA costs a real model: fetches one and long texts (150 MB), measures, draws"
 	@echo "make clean  remove $(VENV) and what the tools left behind"
@@ -46,6 +49,12 @@ test-old-triton: $(OLD_TRITON)
 test-slow: $(INSTALLED)
 	@echo "== running the slow tests: every model with every case, thousands of programs and near misses, a sweep"
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# What has a GPU's branch: kernels, fidelity and shadow mode, whole models.
+test-gpu: $(INSTALLED)
+	@echo "== running the tests of a GPU's own code"
+	$(PYTEST) -m "(gpu or not slow) and not alone" $(PYTEST_ARGS) $(GPU_TESTS)
+	$(PYTEST) -m alone -q $(GPU_TESTS)
 
 check: $(INSTALLED)
 	@echo "== ruff and mypy"

@@ -355,6 +355,7 @@ def test_hoppers_kernel_gives_the_same_bits(
         assert_equal(run(case), expected)
 
 
+@pytest.mark.alone
 def test_offsets_past_two_to_the_31() -> None:
     """More than 2^31 key elements: the far end of k gives what the same keys at the beginning give."""
     tokens, tail = 2**24 + 4096, 65536
@@ -369,6 +370,7 @@ def test_offsets_past_two_to_the_31() -> None:
     assert_equal((indices - (tokens - tail), scores), expected)
 
 
+@pytest.mark.alone
 def test_queries_of_more_than_two_to_the_31_elements() -> None:
     """The last of many queries get what they get alone; sm_90's kernel takes rows of q by int32 coordinates."""
     queries, tail = 2**18 + 64, 64
@@ -383,6 +385,7 @@ def test_queries_of_more_than_two_to_the_31_elements() -> None:
     assert_equal((indices[:, -tail:], scores[:, -tail:]), expected)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("in_order", [True, False], ids=["sorted", "unsorted"])
 def test_results_of_more_than_two_to_the_31_elements(in_order: bool) -> None:
     """The last rows of indices and scores that 32 bits can't address; fill writes there too."""
@@ -400,6 +403,7 @@ def test_results_of_more_than_two_to_the_31_elements(in_order: bool) -> None:
     assert_equal((indices[:, -tail:], scores[:, -tail:]), expected)
 
 
+@pytest.mark.alone
 def test_mask_of_more_than_two_to_the_31_elements() -> None:
     """The last queries of a huge mask see what their own slice of it says."""
     queries, tokens = 40_000, 65536
