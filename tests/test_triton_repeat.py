@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E4
 from triton.runtime import driver  # noqa: E402
 
 from hisa_compile.ops import Budget, Visibility  # noqa: E402
-from hisa_compile.ops.coarse import outer_of, probes  # noqa: E402
+from hisa_compile.ops.coarse import SPREAD, outer_of, probes  # noqa: E402
 from hisa_compile.ops.triton import config, gpu, launch  # noqa: E402
 from hisa_compile.ops.triton.operands import FP8_NATIVE, FP8_NONE  # noqa: E402
 
@@ -112,6 +112,7 @@ def test_repeated_launches_are_those_of_a_chunk_of_its_own(
         90,
         512 if probes(coarse) else None,
         outer_of(coarse, tokens, Budget(128, block_topk)),
+        coarse == SPREAD,
     )
     while len(launch.Plan(*sizes).chunks) < 4:
         monkeypatch.setattr(config, "WORKSPACE_BYTES", config.WORKSPACE_BYTES * 3 // 4)
