@@ -85,7 +85,8 @@ def test_beyond_the_budget_the_selection_is_the_references(case: Case) -> None:
             assert not torch.equal(indices.sort(-1).values, flat.sort(-1).values), "nothing was pruned"
 
 
-@pytest.mark.parametrize("name", ["deepseek_v32", "deepseek_v4"])
+# The first is generated for by tests/test_clients.py too.
+@pytest.mark.parametrize("name", [pytest.param("deepseek_v32", marks=pytest.mark.slow), "deepseek_v4"])
 def test_inductor_runs_a_rewritten_model(name: str) -> None:
     """The default base generates code around the operator; dynamic shapes, one graph, logits as in eager mode."""
     outcome = run_case(Case(name, dynamic=True), FITS, base="inductor")
