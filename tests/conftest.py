@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +23,14 @@ def no_shadow_sites() -> None:
     """Sites of shadow mode stay as long as the process does."""
     tally._tallies.clear()
     tally._turns.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_records() -> None:
+    """What a GPU's calls launched before, under another test's settings say, is not repeated."""
+    again = sys.modules.get("hisa_compile.ops.triton.again")
+    if again is not None:
+        again.forget()
 
 
 @pytest.fixture

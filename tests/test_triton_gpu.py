@@ -26,6 +26,7 @@ from triton_cases import (
     call,
     canonical,
     check,
+    garbage_in_new_memory,
     gaussian_case,
     launched,
     random_bool,
@@ -35,6 +36,7 @@ from triton_cases import (
     whole_case,
 )
 
+import hisa_compile
 from hisa_compile.ops import Budget, Visibility
 from hisa_compile.ops.coarse import outer_size
 from hisa_compile.ops.triton import config, gpu, launch
@@ -353,6 +355,57 @@ def test_hoppers_kernel_gives_the_same_bits(
     assert_equal(got, expected)
     with mock.patch.object(config, "FEW_ROWS", 10**6):
         assert_equal(run(case), expected)
+
+
+@pytest.mark.parametrize("workspace", [config.WORKSPACE_BYTES, 2**20], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"coarse": "paper"},
+        {"coarse": "probe", "sorted": False},
+        {"coarse": "two-level", "mark_hidden": True},
+        {"block_topk": 100, "coarse": "paper"},
+        {"pooled": True, "converted": True},
+    ],
+    ids=["paper", "probe", "two levels", "every block kept", "given means, converted weights"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
+def test_a_call_like_one_before_gives_its_own_result(dtype: torch.dtype, more: Case, workspace: int) -> None:
+    """Bit for bit what a call alone gives, in memory full of garbage, also where a graph replays it with new inputs."""
+    more = dict(more)
+    pooled, converted = more.pop("pooled", False), more.pop("converted", False)
+
+    def made(seed: int) -> Case:
+        budget = {"topk": 300, "block_size": 64, "block_topk": 8}
+        case: Case = gaussian_case(2, 100, 5000, 64, 128, dtype, seed, **budget) | more
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        case["window_end"] = torch.randint(0, 5000, (2, 100), generator=generator, device=DEVICE).int()
+        if dtype == FP8:
+            case["k_scale"] = torch.rand(2, 5000, generator=generator, device=DEVICE)
+        if pooled:
+            case["k_pooled"] = hisa_compile.pool_keys(case["k"], 64, k_scale=case.get("k_scale"))
+        if converted:
+            case["weights"] = case["weights"].bfloat16()
+        return case
+
+    with mock.patch.object(config, "WORKSPACE_BYTES", workspace):
+        for seed in range(4):
+            case = made(seed)
+            with garbage_in_new_memory(), launched() as kernels:
+                got = hisa_compile.indexer_topk(**case)
+            assert ([kernel.__name__ for kernel in kernels] == ["again"]) == (seed > 0)
+            assert_equal(canonical(*got), canonical(*run(case)))
+        graph = torch.cuda.CUDAGraph()
+        with launched() as kernels, torch.cuda.graph(graph):
+            got = hisa_compile.indexer_topk(**case)
+        assert [kernel.__name__ for kernel in kernels] == ["again"]
+        for seed in range(4, 6):
+            other = made(seed)
+            for name, x in other.items():
+                if isinstance(x, Tensor):
+                    case[name].copy_(x)
+            graph.replay()
+            assert_equal(canonical(*got), canonical(*run(other)))
 
 
 @pytest.mark.alone

@@ -5,7 +5,6 @@ Kernels are compiled for sm_90 and handed to a launcher that notes what it gets,
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,52 +14,18 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from stand_in import NOTED, Noted, stand_in  # noqa: E402, F401
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
-from triton.runtime import driver  # noqa: E402
 
 from hisa_compile.ops import Budget, Visibility  # noqa: E402
 from hisa_compile.ops.coarse import SPREAD, outer_of, probes  # noqa: E402
 from hisa_compile.ops.triton import config, gpu, launch  # noqa: E402
-from hisa_compile.ops.triton.operands import FP8_NATIVE, FP8_NONE  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="compiles: needs TRITON_INTERPRET unset"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="puts another driver in place of the GPU's"),
+    pytest.mark.usefixtures("stand_in"),
 ]
-
-Noted = tuple[str, int, list[Any]]
-
-
-# A compiled kernel keeps its launcher, so all tests of this process share what launchers note.
-NOTED: list[Noted] = []
-
-
-class Launcher:
-    def __init__(self, source: Any, metadata: Any) -> None:
-        self.name = source.fn.__name__
-
-    def __call__(self, programs: int, _y: int, _z: int, *rest: Any) -> None:
-        # Stream, function, metadata twice, two hooks, then the arguments.
-        NOTED.append((self.name, programs, list(rest[6:])))
-
-
-@pytest.fixture(autouse=True)
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver for a GPU of sm_90 that is not there."""
-    device = {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
-    active = SimpleNamespace(
-        launcher_cls=Launcher,
-        utils=SimpleNamespace(load_binary=lambda *_: (0, 1, 32, 0, 1024), get_device_properties=lambda _: device),
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda _: 0,
-        get_active_torch_device=lambda: torch.device("cpu"),
-    )
-    monkeypatch.setattr(driver, "_active", active)
-    monkeypatch.setattr(gpu, "is_hopper", lambda q: True)
-    monkeypatch.setattr(gpu, "architecture", lambda q: 90)
-    monkeypatch.setattr(gpu, "fp8_mode", lambda q: int(FP8_NATIVE if q.itemsize == 1 else FP8_NONE))
 
 
 def plain(argument: Any) -> Any:
@@ -131,13 +96,13 @@ def test_repeated_launches_are_those_of_a_chunk_of_its_own(
         # Without a compiled kernel in hand each chunk is launched by itself.
         patch.setattr(gpu, "launch", lambda *arguments, real=gpu.launch, **named: real(*arguments, **named) and None)
         alone = call()
-    assert len(alone) >= 3 * len({name for name, *_ in alone}), "several chunks"
+    assert len(alone) >= 3 * len({one.kernel for one in alone}), "several chunks"
     assert len(repeated) == len(alone)
-    for (name, programs, arguments), expected in zip(repeated, alone, strict=True):
-        assert (name, programs) == expected[:2]
-        assert list(map(plain, arguments)) == list(map(plain, expected[2])), name
+    for one, expected in zip(repeated, alone, strict=True):
+        assert (one.kernel, one.programs) == (expected.kernel, expected.programs)
+        assert list(map(plain, one.arguments)) == list(map(plain, expected.arguments)), one.kernel
         # The caller's weights are read in place, each chunk its own.
-        for argument, other in zip(arguments, expected[2], strict=True):
+        for argument, other in zip(one.arguments, expected.arguments, strict=True):
             base = argument.base if isinstance(argument, TensorDescriptor) else argument
             if isinstance(base, Tensor) and base.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr():
                 assert base.data_ptr() == (other.base if isinstance(other, TensorDescriptor) else other).data_ptr()

@@ -22,7 +22,7 @@ from strategies import assert_equal
 from torch import Tensor
 
 from hisa_compile.ops import Budget, Visibility, reference
-from hisa_compile.ops.triton import config, gpu, launch
+from hisa_compile.ops.triton import again, config, gpu, launch
 
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -76,15 +76,19 @@ def run(case: Case, **changes: Any) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def launched() -> Iterator[list[Any]]:
-    """The kernels that are launched meanwhile."""
+    """The kernels that are launched meanwhile, and ``Record.again`` for a call that repeats another one's launches."""
     kernels: list[Any] = []
-    original = gpu.launch
+    original, repeat = gpu.launch, again.Record.again
 
-    def note(kernel: Any, programs: int, options: config.Launch, **arguments: Any) -> None:
+    def note(kernel: Any, programs: int, options: config.Launch, **arguments: Any) -> Any:
         kernels.append(kernel)
-        original(kernel, programs, options, **arguments)
+        return original(kernel, programs, options, **arguments)
 
-    with mock.patch.object(gpu, "launch", note):
+    def note_repeat(record: again.Record, given: Any) -> Any:
+        kernels.append(repeat)
+        return repeat(record, given)
+
+    with mock.patch.object(gpu, "launch", note), mock.patch.object(again.Record, "again", note_repeat):
         yield kernels
 
 

@@ -63,6 +63,41 @@ def run(
     k_pooled: Tensor | None = None,
     coarse: str | None = None,
 ) -> tuple[Tensor, Tensor]:
+    given = (
+        q, k, weights, topk, block_size, block_topk, window_start, window_end, key_valid, mask, k_scale, sorted,
+        mark_hidden, q_segment, k_segment, k_weight, k_pooled, coarse,
+    )  # fmt: skip
+    # Imported at the first call: neither Triton nor the CPU path is needed to trace or to rewrite a graph.
+    if q.device.type == "cpu":
+        from .cpu import indexer_topk_cpu
+
+        return indexer_topk_cpu(*_checked(*given))
+    from .triton.again import indexer_topk
+
+    return indexer_topk(given, _checked)
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    topk: int,
+    block_size: int | None,
+    block_topk: int | None,
+    window_start: Tensor | None,
+    window_end: Tensor | None,
+    key_valid: Tensor | None,
+    mask: Tensor | None,
+    k_scale: Tensor | None,
+    sorted: bool,
+    mark_hidden: bool,
+    q_segment: Tensor | None,
+    k_segment: Tensor | None,
+    k_weight: Tensor | None,
+    k_pooled: Tensor | None,
+    coarse: str | None,
+) -> tuple[Any, ...]:
+    """What an implementation takes, of arguments that fit."""
     visibility = Visibility(window_start, window_end, key_valid, mask, q_segment, k_segment)
     check_arguments(q, k, weights, k_scale=k_scale, k_weight=k_weight, **visibility._asdict())
     check_stage(coarse, k_pooled)
@@ -70,18 +105,7 @@ def run(
     if k_pooled is not None:
         check_pooled(k_pooled, k, coarse, budget.block_size)
     stage = resolve_coarse(coarse, k.shape[1], q.shape[2], budget, k_pooled is not None)
-    # Imported at the first call: neither Triton nor the CPU path is needed to trace or to rewrite a graph.
-    if q.device.type == "cpu":
-        from .cpu import indexer_topk_cpu
-
-        return indexer_topk_cpu(
-            q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden, k_pooled, stage
-        )
-    from .triton.launch import indexer_topk_triton
-
-    return indexer_topk_triton(
-        q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden, k_pooled, stage
-    )
+    return q, k, weights, topk, budget, visibility, k_scale, k_weight, sorted, mark_hidden, k_pooled, stage
 
 
 @torch.library.register_fake(OP_NAME, lib=library)

@@ -11,7 +11,7 @@ CUDA graph.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -37,6 +37,9 @@ from .select import select_blocks_kernel, select_tokens_kernel
 from .sizes import cdiv, power_of_2
 from .workspace import Workspace
 
+if TYPE_CHECKING:
+    from .again import Record
+
 
 def indexer_topk_triton(
     q: Tensor,
@@ -51,10 +54,11 @@ def indexer_topk_triton(
     mark_hidden: bool,
     k_pooled: Tensor | None = None,
     coarse: str = PAPER,
+    record: Record | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``hisa::indexer_topk`` on q's device; arguments are valid (see :mod:`..validate`), any strides.
 
-    CPU tensors are accepted under TRITON_INTERPRET=1.
+    CPU tensors are accepted under TRITON_INTERPRET=1.  ``record`` is told what the call allocates and launches.
 
     Returns:
         indices int32 [B, S, k'] and scores float32 [B, S, k'], contiguous, k' = min(topk, T).
@@ -69,7 +73,7 @@ def indexer_topk_triton(
     with torch.cuda.device_of(q):
         call = _Call(
             q, k, weights, topk, budget, visibility, k_scale, k_weight, k_pooled, indices, scores, sorted, mark_hidden,
-            coarse,
+            coarse, record,
         )  # fmt: skip
         call.run()
     return indices, scores
@@ -94,7 +98,11 @@ class _Call:
         sorted: bool,
         mark_hidden: bool,
         coarse: str,
+        record: Record | None,
     ) -> None:
+        self.record = record
+        if record is not None:
+            record.results = indices, scores
         self.batch, self.queries, heads, self.dim = q.shape
         self.tokens, self.width = k.shape[1], indices.shape[2]
         self.device, self.dtype = q.device, q.dtype
@@ -156,18 +164,19 @@ class _Call:
         self.sizes = {"S": self.queries, "T": self.tokens}
         self.overlap = gpu.overlaps(q)
         self.repeatable: list[gpu.Repeatable] = []
-        self.recording = len(self.plan.chunks) > 1
+        self.repeats = False
         means = pooled_dtype(self.dtype)
         wide = means if self.coarse_copied and means != self.dtype else None
         if self.query_rows is not None:
             self.q_desc = describe(q, self.query_rows, tiles.padded_heads, tiles.tile_dim)
         of_probe = torch.float16 if fp8 == FP8_BITS else self.dtype
-        self.space = Workspace(self.plan, heads, self.dim, wide, of_probe, self.device)
+        self.space = Workspace(self.plan, heads, self.dim, wide, of_probe, self.empty)
 
     def run(self) -> None:
         ranked = self.plan.by_means
         means = {} if ranked is None else self.means_and_tables(ranked)
         first = self.plan.chunks[0]
+        self.repeats = len(self.plan.chunks) > 1
         for chunk in self.plan.chunks:
             at = {"first_row": chunk.first_row} | self.sizes
             self.weights_of(chunk)
@@ -176,6 +185,8 @@ class _Call:
                 changed = {"first_row": chunk.first_row, "w_ptr": self.query["w_ptr"], "w_desc": self.w_desc}
                 for each in self.repeatable:
                     each.again(changed)
+                    if self.record is not None:
+                        self.record.launched(each)
                 continue
             if self.plan.prune:
                 if ranked is not None:
@@ -190,24 +201,37 @@ class _Call:
             self.refine(chunk, at)
             self.select(chunk, at)
             self.finish(chunk, at)
-            self.recording = False
+            self.repeats = False
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        """What this call alone needs."""
+        buffer = torch.empty(shape, dtype=dtype, device=self.device)
+        if self.record is not None:
+            self.record.allocated(buffer)
+        return buffer
 
     def launch(self, kernel: Any, programs: int, how: Launch, **arguments: Any) -> None:
-        """A launch of a stage, which the chunks after the first repeat."""
+        """A launch of a stage; of the first chunk's, those after it repeat it."""
         arguments["OVERLAP"] = self.overlap
         compiled = gpu.launch(kernel, programs, how, **arguments)
-        if self.recording and compiled is not None:
-            self.repeatable.append(gpu.Repeatable(compiled, kernel, programs, arguments))
+        known = self.repeats or self.record is not None
+        one = gpu.Repeatable(compiled, kernel, programs, arguments) if known and compiled is not None else None
+        if self.repeats and one is not None:
+            self.repeatable.append(one)
+        if self.record is not None:
+            self.record.launched(one)
 
     def weights_of(self, chunk: Chunk) -> None:
         """The chunk's head weights as kernels want them: float32, aligned, the heads of a row together."""
         batch, query = divmod(chunk.first_row, self.queries)
-        here = self.weights[batch : batch + chunk.batches, query : query + chunk.of_batch]
+        rows = slice(batch, batch + chunk.batches), slice(query, query + chunk.of_batch)
+        here = self.weights[rows]
         if here.dtype != torch.float32 or not here.is_contiguous() or here.data_ptr() % WEIGHTS_ALIGNED:
             if self.space.weights is None:
-                shape = (self.plan.chunks[0].rows, here.shape[2])
-                self.space.weights = torch.empty(shape, dtype=torch.float32, device=self.device)
+                self.space.weights = self.empty(self.plan.chunks[0].rows, here.shape[2], dtype=torch.float32)
             here = self.space.weights[: chunk.rows].view(here.shape).copy_(here)
+            if self.record is not None:
+                self.record.copied(rows, here)
         self.query |= {"w_ptr": here, "w_sr": here.shape[2]}
         self.w_desc = None if self.query_rows is None else describe_weights(here, self.plan.tiles)
 
@@ -215,19 +239,20 @@ class _Call:
         """What the coarse stage reads of blocks: representatives, and tables that tell which hold a visible token."""
         means = self.k_pooled
         if means is None:
-            shape = (self.batch, ranked.blocks, 2 * self.dim if self.spread else self.dim)
-            means = torch.empty(shape, dtype=pooled_dtype(self.dtype), device=self.device)
+            width = 2 * self.dim if self.spread else self.dim
+            means = self.empty(self.batch, ranked.blocks, width, dtype=pooled_dtype(self.dtype))
         tables: dict[str, Tensor | None] = dict.fromkeys(("last_valid_ptr", "low_ptr", "high_ptr"))
         if self.of_keys["valid_ptr"] is not None:
-            tables["last_valid_ptr"] = torch.empty((self.batch, self.tokens), dtype=torch.int32, device=self.device)
+            tables["last_valid_ptr"] = self.empty(self.batch, self.tokens)
         if self.of_keys["k_segment_ptr"] is not None:
             tables["low_ptr"], tables["high_ptr"] = (
-                torch.empty((self.batch, ranked.blocks), dtype=torch.int64, device=self.device) for _ in range(2)
+                self.empty(self.batch, ranked.blocks, dtype=torch.int64) for _ in range(2)
             )
         if self.k_pooled is None or any(table is not None for table in tables.values()):
             launch_pool(
+                self.launch,
                 self.keys | self.of_keys | tables | {"means_ptr": means if self.k_pooled is None else None},
-                self.batch, self.tokens, self.dim, ranked.block_size, self.shape["FP8"], self.spread, self.overlap,
+                self.batch, self.tokens, self.dim, ranked.block_size, self.shape["FP8"], self.spread,
             )  # fmt: skip
         return gpu.strided("means", means, "bmd") | tables
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,11 +36,13 @@ def pool_keys_triton(
         arguments |= gpu.strided("k_segment", None, "bt") | {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
         with torch.cuda.device_of(k):
             arguments["means_ptr"] = means
-            launch_pool(arguments, batch, tokens, dim, block_size, fp8, spread, gpu.overlaps(k))
+            launch = functools.partial(gpu.launch, OVERLAP=gpu.overlaps(k))
+            launch_pool(launch, arguments, batch, tokens, dim, block_size, fp8, spread)
     return means
 
 
 def launch_pool(
+    launch: Callable[..., Any],
     arguments: dict[str, Any],
     batch: int,
     tokens: int,
@@ -46,15 +50,16 @@ def launch_pool(
     block_size: int,
     fp8: int,
     spread: bool,
-    overlap: bool,
 ) -> None:
-    """Means of blocks, spreads behind them, and the tables that :func:`.pool.pool_kernel` makes of what is given."""
+    """Means of blocks, spreads behind them, and the tables that :func:`.pool.pool_kernel` makes of what is given.
+
+    ``launch``: :func:`.gpu.launch`, or one that does more.
+    """
     blocks = cdiv(tokens, block_size)
-    gpu.launch(
+    launch(
         pool_kernel,
         batch * blocks,
         Launch(1, 4),
-        OVERLAP=overlap,
         **arguments,
         T=tokens,
         M=blocks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,16 +26,21 @@ class Workspace:
     outer_flag, listed, listed_count: kept outer blocks by row and by group of rows, see :mod:`.levels`.
     wide, wide_desc: float8 queries in the means' dtype, where they are copied; see
     :func:`.coarse.widen_queries_kernel`.
+
+    ``empty(*shape, dtype=torch.int32)`` makes each.
     """
 
     def __init__(
-        self, plan: Plan, heads: int, dim: int, wide: torch.dtype | None, probe: torch.dtype, device: torch.device
+        self,
+        plan: Plan,
+        heads: int,
+        dim: int,
+        wide: torch.dtype | None,
+        probe: torch.dtype,
+        empty: Callable[..., Tensor],
     ) -> None:
         rows = plan.chunks[0].rows
         lists = plan.chunks[0].batches * plan.blocks
-
-        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
 
         self.score_bits = empty(rows, plan.pitch)
         self.selected_count = empty(rows)
