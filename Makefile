@@ -44,7 +44,7 @@ test: $(INSTALLED)
 test-old-triton: $(OLD_TRITON)
 	@echo "== compiling the kernels with $(notdir $(OLD_TRITON))"
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -c 'import triton; assert f"triton-{triton.__version__}" == "$(notdir $(OLD_TRITON))"'
-	PYTHONPATH=$(OLD_TRITON) $(PYTEST) tests/test_triton_compile.py $(PYTEST_ARGS) -k "sm_90 or awkward"
+	PYTHONPATH=$(OLD_TRITON) $(PYTEST) tests/test_triton_compile.py tests/test_triton_again.py $(PYTEST_ARGS) -k "sm_90 or awkward or (of_its_own and float8)"
 
 test-slow: $(INSTALLED)
 	@echo "== running the slow tests: every model with every case, thousands of programs and near misses, a sweep"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -63,30 +64,20 @@ class Base(NamedTuple):
         return self.pointer
 
 
-class Described(NamedTuple):
-    """A tensor descriptor as Triton's launcher reads one; the tensor was checked when the first was made."""
-
-    base: Base
-    shape: Sequence[int]
-    strides: Sequence[int]
-    padding: str
-    round_f32_to_tf32: bool
-
-
 class Launched(NamedTuple):
     """A launch; None in ``arguments`` where pointers go."""
 
     run: Callable[..., None]
     arguments: list[Any]
     pointers: list[Slot]
-    descriptors: list[tuple[Slot, Described]]
+    descriptors: list[tuple[Slot, dict[str, Any]]]
 
     def again(self, given: Sequence[Any], starts: list[int], memory: Tensor) -> None:
         arguments = self.arguments.copy()
         for place, source, offset in self.pointers:
             arguments[place] = starts[source] + offset
-        for (place, source, offset), described in self.descriptors:
-            arguments[place] = described._replace(base=Base(starts[source] + offset))
+        for (place, source, offset), fields in self.descriptors:
+            arguments[place] = SimpleNamespace(base=Base(starts[source] + offset), **fields)
         self.run(*arguments)
 
 
@@ -137,8 +128,9 @@ class Record:
             if isinstance(value, Tensor):
                 pointers.append((place, *self._locate(name, value)))
             elif hasattr(value, "base"):
-                described = Described(Base(0), value.shape, value.strides, value.padding, value.round_f32_to_tf32)
-                descriptors.append(((place, *self._locate(name, value.base)), described))
+                # What else it says was checked when it was made; versions of Triton differ in what that is.
+                fields = {field: x for field, x in vars(value).items() if field != "base"}
+                descriptors.append(((place, *self._locate(name, value.base)), fields))
             else:
                 continue
             arguments[place] = None
