@@ -510,6 +510,25 @@ def test_kept_texts_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         sources.texts.cache_clear()
 
 
+def test_books_are_unpacked_into_an_empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dpkg makes the last folder of the path that it is given, and no other."""
+    monkeypatch.setenv("HISA_FIDELITY_CACHE", str(tmp_path / "new"))
+
+    def packages(command: list[str], cwd: Path | None = None, **_: Any) -> None:
+        if command[0] == "apt-get":
+            assert cwd is not None
+            (cwd / f"{command[-1]}_1.0_all.deb").touch()
+        else:
+            program, option, package, folder = command
+            assert (program, option) == ("dpkg", "-x")
+            assert Path(package).exists()
+            Path(folder).mkdir()
+
+    monkeypatch.setattr(sources.subprocess, "run", packages)
+    folders = {path.name for path in sources._books().iterdir()}
+    assert folders == set(sources.DEBS)
+
+
 def test_gaussian_keys_are_no_model() -> None:
     """The contrast of the report: one mean of random keys says little of them."""
     of = gaussian(1024, 8).scored

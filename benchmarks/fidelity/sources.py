@@ -58,6 +58,8 @@ def weights_file() -> Path:
 
 def _books() -> Path:
     root = cache()
+    # dpkg makes the last folder of a path alone.
+    (root / "debian").mkdir(parents=True, exist_ok=True)
     for name in DEBS:
         if not (root / "debian" / name).exists():
             packages = _packages()
