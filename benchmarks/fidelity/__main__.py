@@ -26,11 +26,14 @@ def main() -> None:
     options = parser.parse_args()
     sources.fetch()
     on = ["--device", options.device]
-    parts = [[name, *on, "--out", str(options.out / f"{name}.md")] for name in ("overlap", "language", "needles")]
-    # As many as the page in docs quotes.
-    parts[0] += ["--queries", "16"]
-    longer = ["--length", "16384", "--stretch", "2", "--documents", "4"]
-    parts.append(["language", *on, *longer, "--out", str(options.out / "language_16384.md")])
+    # Result, part, and what is not its default; 16 queries a text are what the page in docs quotes.
+    made = [
+        ("overlap", "overlap", "--queries", "16"),
+        ("language", "language"),
+        ("needles", "needles"),
+        ("language_16384", "language", "--length", "16384", "--stretch", "2", "--documents", "4"),
+    ]
+    parts = [[name, *on, *more, "--out", str(options.out / f"{result}.md")] for result, name, *more in made]
     if not distil.default_path().exists():
         parts.insert(0, ["distil", *on])
     parts.append(["plots", "--results", str(options.out)])

@@ -3,7 +3,7 @@
     two heads of each row -> scores of the sample -> threshold and cap of each row -> scores of blocks
 
 Queries are the rows of the product and tokens its columns, so that a block is added up by threads that are neighbours.
-Floor: 4 * S * T * D operations, 34 GFLOP for 1024 queries at 64K tokens, 24 microseconds at the 1379 TFLOP/s of a large
+Floor: 4 * S * T * D operations, 34 GFLOP for 1024 queries at 64K tokens, 25 microseconds at the 1379 TFLOP/s of a large
 float8 product, and beside it seven instructions for each of 67M scores, 18 microseconds; docs/kernels.md has times.
 """
 
