@@ -51,16 +51,33 @@ def how_many(x):
 
 
 @triton.jit
-def _next_pivot(low, high, at_low, above_high, wanted, step):
-    """A key in (low, high], near the wanted one if scores are spread evenly between the two.
+def _eighth_root(x):
+    return tl.sqrt(tl.sqrt(tl.sqrt(x)))
 
-    ``at_low`` keys are >= low and ``above_high`` are > high.  Every fourth guess is the middle instead, which bounds
-    what an uneven spread costs.
+
+@triton.jit
+def _quantile(count, total):
+    """How far up a normal distribution's values lie of which ``count`` of ``total`` are above, in some unit.
+
+    That of Tukey's lambda distribution for 1 / 8, which is close to it and takes no logarithm.  None and all count as
+    half a value.
     """
-    # A product with a quotient that may be a little off: it is a guess.
-    share = (wanted - above_high).to(tl.float32) * (1.0 / (at_low - above_high).to(tl.float32))
+    above = tl.minimum(tl.maximum(count.to(tl.float32), 0.5), total.to(tl.float32) - 0.5)
+    return _eighth_root(total.to(tl.float32) - above) - _eighth_root(above)
+
+
+@triton.jit
+def _next_pivot(low, high, at_low, above_high, wanted, total, step, halve):
+    """A key in (low, high], near the wanted one if scores are spread as a normal distribution's between the two.
+
+    ``at_low`` keys of ``total`` are >= low and ``above_high`` are > high.  Every fifth guess, and where ``halve`` says
+    that the last one was poor, it is the middle instead, which bounds what another spread costs.
+    """
+    at_top = _quantile(above_high, total)
+    # A quotient that may be a little off: it is a guess.
+    share = (at_top - _quantile(wanted, total)) * (1.0 / (at_top - _quantile(at_low, total)))
     top = key_score(high)
-    guess = top - tl.where(step % 4 == 2, 0.5, share) * (top - key_score(low))
+    guess = top - tl.where(halve | (step % 5 == 4), 0.5, share) * (top - key_score(low))
     # Bits of a NaN are no key in between, or one: either is fine.
     pivot = stored_key(guess.to(tl.int32, bitcast=True))
     if (step >= _GUESSES) | (pivot <= low) | (pivot > high):
@@ -69,14 +86,18 @@ def _next_pivot(low, high, at_low, above_high, wanted, step):
 
 
 @triton.jit
-def _narrowed(low, high, at_low, above_high, wanted, pivot, count):
-    """The bracket, and what is counted of it, once ``count`` keys are known to be >= ``pivot``."""
+def _narrowed(low, high, at_low, above_high, wanted, step, halve, pivot, count):
+    """The bracket, and what is counted of it, once ``count`` keys are known to be >= ``pivot``; and ``halve``: whether
+    that was a poor guess, off by an eighth of the bracket's keys.
+    """
+    off = tl.abs(count - wanted) * 8 > at_low - above_high
+    halve = off & (halve == 0) & (step % 5 != 4)
     enough = count >= wanted
     low = tl.where(enough, pivot, low)
     at_low = tl.where(enough, count, at_low)
     high = tl.where(enough, high, pivot - 1)
     above_high = tl.where(enough, above_high, count)
-    return low, high, at_low, above_high
+    return low, high, at_low, above_high, halve
 
 
 @triton.jit
@@ -94,18 +115,22 @@ def kth_key(keys, wanted):
     # HIDDEN_KEY - 1 is the greatest integer, so that the least of the others is found; without others it is itself.
     least = tl.min(tl.sub(keys, 1, sanitize_overflow=False), axis=None)
     low = tl.add(least, 1, sanitize_overflow=False)
-    at_low = how_many(keys != HIDDEN_KEY)
-    wanted = tl.minimum(wanted, at_low)
+    total = how_many(keys != HIDDEN_KEY)
+    wanted = tl.minimum(wanted, total)
+    at_low = total
     above_high = wanted * 0
     step = wanted * 0
+    halve = step > 0
     while (low < high) & (at_low != wanted):
         if (step >= _DRAWN_IN) & (step % 4 == 0):
             drawn_in = tl.min(tl.where(keys < low, high, keys), axis=None)
             high = tl.max(tl.where(keys > high, low, keys), axis=None)
             low = drawn_in
-        pivot = _next_pivot(low, high, at_low, above_high, wanted, step)
+        pivot = _next_pivot(low, high, at_low, above_high, wanted, total, step, halve)
         reached = how_many(keys >= pivot)
-        low, high, at_low, above_high = _narrowed(low, high, at_low, above_high, wanted, pivot, reached)
+        low, high, at_low, above_high, halve = _narrowed(
+            low, high, at_low, above_high, wanted, step, halve, pivot, reached
+        )
         step += 1
     return _cut(low, at_low, above_high, wanted)
 
@@ -151,10 +176,12 @@ def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, TI
         at_low += how_many(present)
         high = tl.maximum(high, tl.max(keys, axis=None))
         low = tl.minimum(low, tl.min(tl.where(present, keys, 2147483647), axis=None))
-    wanted = tl.minimum(wanted, at_low)
+    total = at_low
+    wanted = tl.minimum(wanted, total)
     low = tl.minimum(low, high)
     above_high = wanted * 0
     step = wanted * 0
+    halve = step > 0
     while (low < high) & (at_low != wanted):
         if (step >= _DRAWN_IN) & (step % 4 == 0):
             least = high
@@ -166,13 +193,15 @@ def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, TI
                 most = tl.maximum(most, tl.max(tl.where(keys > high, low, keys), axis=None))
             low = least
             high = most
-        pivot = _next_pivot(low, high, at_low, above_high, wanted, step)
+        pivot = _next_pivot(low, high, at_low, above_high, wanted, total, step, halve)
         count = wanted * 0
         for base in range(first // TILE * TILE, past, TILE):
             column = tile_columns(base, TILE)
             keys = but(load_tile_keys(scores_ptr, base, first, past, TILE), column, skip_first, skip_last)
             count += how_many(keys >= pivot)
-        low, high, at_low, above_high = _narrowed(low, high, at_low, above_high, wanted, pivot, count)
+        low, high, at_low, above_high, halve = _narrowed(
+            low, high, at_low, above_high, wanted, step, halve, pivot, count
+        )
         step += 1
     return _cut(low, at_low, above_high, wanted)
 

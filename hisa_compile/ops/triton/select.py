@@ -79,16 +79,18 @@ def select_blocks_kernel(
     first = past_block
     last = past_block * 0 - 1
     from_column = 0 if ONE_TILE else first_block // TILE * TILE
-    for base in range(from_column, TILE if ONE_TILE else past_block, TILE):
-        column = tile_columns(base, TILE)
+    if ONE_TILE:
+        column = tile_columns(0, TILE)
         keys = load_keys(block_scores_ptr, column, first_block, past_block)
+    for base in range(from_column, TILE if ONE_TILE else past_block, TILE):
+        if not ONE_TILE:
+            column = tile_columns(base, TILE)
+            keys = load_keys(block_scores_ptr, column, first_block, past_block)
         first = tl.minimum(first, tl.min(tl.where(keys != HIDDEN_KEY, column, past_block), axis=None))
         last = tl.maximum(last, tl.max(tl.where(keys != HIDDEN_KEY, column, -1), axis=None))
     always = tl.where(first > last, 0, tl.where(first == last, 1, 2))
 
     if ONE_TILE:
-        column = tile_columns(0, TILE)
-        keys = load_keys(block_scores_ptr, column, first_block, past_block)
         threshold, ties = kth_key(but(keys, column, first, last), block_topk - always)
     else:
         threshold, ties = kth_key_in_memory(
@@ -96,8 +98,9 @@ def select_blocks_kernel(
         )
     kept = first * 0
     for base in range(from_column, TILE if ONE_TILE else past_block, TILE):
-        column = tile_columns(base, TILE)
-        keys = load_keys(block_scores_ptr, column, first_block, past_block)
+        if not ONE_TILE:
+            column = tile_columns(base, TILE)
+            keys = load_keys(block_scores_ptr, column, first_block, past_block)
         taken, place, count, ties = places(but(keys, column, first, last), threshold, ties, TILE)
         # The two that are always kept are not among the keys: nothing eligible lies before one or behind the other.
         place += (column > first).to(tl.int32)
@@ -186,10 +189,11 @@ def select_tokens_kernel(
                 among, 0, chosen_column
             )
         bits = tl.load(token_scores_ptr + chosen_column, mask=wanted, other=0)
-        tl.store(keys_ptr + chosen, bits if FINAL else stored_key(bits), mask=wanted)
         if kept_ptr is not None:
+            # Before the store below, which would wait for the scores: both loads are under way at once.
             block = tl.load(kept_ptr + chosen_column // BLOCK_SIZE, mask=wanted, other=0)
             chosen_column = block * BLOCK_SIZE + chosen_column % BLOCK_SIZE
+        tl.store(keys_ptr + chosen, bits if FINAL else stored_key(bits), mask=wanted)
         # Several warps may hold the same entries, and all of them must have read the column before it is replaced.
         tl.debug_barrier()
         if kept_ptr is not None or not ONE_TILE:
