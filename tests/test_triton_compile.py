@@ -26,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E4
 from hisa_compile.ops import Budget, Visibility  # noqa: E402
 from hisa_compile.ops.triton import config, configurations, gpu, launch  # noqa: E402
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE, FP8_NONE  # noqa: E402
+from hisa_compile.ops.triton.overlap import APART, BESIDE  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="compiles: needs TRITON_INTERPRET unset"),
@@ -151,6 +152,30 @@ def test_every_kernel_compiles_at_the_papers_sizes(
     assert len(many) == (8 if dtype == torch.float32 else 10 + widened)
     known = {kernel for kernel, *_ in one}
     check(one + [recorded for recorded in many if recorded[0] not in known], arch)
+
+
+@pytest.mark.parametrize(("arch", "queries"), [("sm_90", 1), ("sm_90", 1024), ("sm_80", 1), ("gfx942", 1)])
+def test_kernels_wait_and_those_that_run_at_once_let_the_next_one_in(
+    monkeypatch: pytest.MonkeyPatch, arch: str, queries: int
+) -> None:
+    """Nothing is before the wait but what tells threads apart, and the next kernel is let in behind it alone."""
+    few = 0
+    for recorded in record(monkeypatch, torch.bfloat16, arch, queries=queries, tokens=65536):
+        asm = compile_launch(recorded, arch).asm
+        name, (wait, let_in) = recorded[0].__name__, ("griddepcontrol.wait", "griddepcontrol.launch_dependents")
+        overlaps = recorded[2]["OVERLAP"]
+        assert (overlaps != APART.value) == (arch == "sm_90")
+        if arch != "sm_90":
+            assert wait not in asm.get("ptx", "")
+            continue
+        few += overlaps == BESIDE.value
+        before, behind = asm["ptx"].split(wait)
+        assert let_in not in before, name
+        assert behind.count(let_in) == (overlaps == BESIDE.value), name
+        for access in ("ld.global", "st.global", "cp.async"):
+            assert access not in before, name
+    if arch == "sm_90":
+        assert few == (7 if queries == 1 else 2), "pooling has more programs; lists of pairs are small kernels too"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import config
 from .config import Launch
 from .configurations import DEFAULT, Architecture
 from .operands import FP8_BITS, FP8_NATIVE, FP8_NONE
+from .overlap import AFTER, APART, BESIDE
 
 
 def fp8_mode(q: Tensor) -> int:
@@ -42,10 +44,12 @@ def is_hopper(q: Tensor) -> bool:
     return architecture(q) == 90
 
 
-def overlaps(q: Tensor) -> bool:
-    """Whether a kernel may come before the one before it has ended, see :mod:`.overlap`."""
+def overlap(q: Tensor, programs: int) -> int:
+    """How a kernel of so many programs stands to those before and after it, see :mod:`.overlap`."""
     here = architecture(q)
-    return isinstance(here, int) and here >= 90
+    if not isinstance(here, int) or here < 90:
+        return int(APART)
+    return int(BESIDE if programs <= config.PROGRAMS_AT_ONCE else AFTER)
 
 
 def launch_options(how: Launch, hip: bool) -> dict[str, int]:
@@ -60,7 +64,7 @@ def launch(kernel: Any, programs: int, how: Launch, **arguments: Any) -> Any:
     Returns the compiled kernel, None under the interpreter.
     """
     options = launch_options(how, torch.version.hip is not None)
-    if arguments["OVERLAP"]:
+    if arguments["OVERLAP"] != int(APART):
         options |= {"launch_pdl": True}
     return kernel[(programs,)](**arguments, **options)
 

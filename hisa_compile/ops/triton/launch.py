@@ -162,7 +162,7 @@ class _Call:
             "WIDEN": triton.knobs.runtime.interpret,
         }
         self.sizes = {"S": self.queries, "T": self.tokens}
-        self.overlap = gpu.overlaps(q)
+        self.q = q
         self.repeatable: list[gpu.Repeatable] = []
         self.repeats = False
         means = pooled_dtype(self.dtype)
@@ -212,7 +212,7 @@ class _Call:
 
     def launch(self, kernel: Any, programs: int, how: Launch, **arguments: Any) -> None:
         """A launch of a stage; of the first chunk's, those after it repeat it."""
-        arguments["OVERLAP"] = self.overlap
+        arguments["OVERLAP"] = gpu.overlap(self.q, programs)
         compiled = gpu.launch(kernel, programs, how, **arguments)
         known = self.repeats or self.record is not None
         one = gpu.Repeatable(compiled, kernel, programs, arguments) if known and compiled is not None else None

@@ -3,8 +3,9 @@
 A call is a chain of five to sixteen kernels, some of them of a few microseconds.  A programmatic dependent launch lets
 the next one's programs come as this one's leave; they wait, with code and arguments at hand, for the last of them.
 
-Programs do not let the next kernel come earlier than that (griddepcontrol.launch_dependents): programs that wait would
-hold the places of those that work, which costs more than it gains (docs/kernels.md, "Tried").
+Programs of a kernel that all find a place at once, as in decoding, let the next one come while they run
+(griddepcontrol.launch_dependents): its launch is over when they are.  Those of larger kernels do not: programs that
+wait would hold the places of those that work, which costs more than it gains (docs/kernels.md, "Tried").
 """
 
 from __future__ import annotations
@@ -13,12 +14,21 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+# How a kernel is launched: when the one before it has ended, when its programs leave, and so that the next may be
+# brought while it runs.
+APART = tl.constexpr(0)
+AFTER = tl.constexpr(1)
+BESIDE = tl.constexpr(2)
+
 
 @triton.jit
 def wait_for_kernel_before(OVERLAP: tl.constexpr):
     """What every program of every kernel does first: nothing is read, and nothing written, before it.
 
-    Every one, since a kernel knows by it that the one before it has ended, not the one before that.
+    Every one, since a kernel knows by it that the one before it has ended, not the one before that.  Only then is the
+    next one let in, so that all before this one have ended when its programs begin.
     """
-    if OVERLAP:
+    if OVERLAP != APART:
         cuda.gdc_wait()
+    if OVERLAP == BESIDE:
+        cuda.gdc_launch_dependents()
