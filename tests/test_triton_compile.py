@@ -26,7 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E4
 from hisa_compile.ops import Budget, Visibility  # noqa: E402
 from hisa_compile.ops.triton import config, configurations, gpu, launch  # noqa: E402
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE, FP8_NONE  # noqa: E402
-from hisa_compile.ops.triton.overlap import APART, BESIDE  # noqa: E402
+from hisa_compile.ops.triton.overlap import AFTER, AHEAD, APART, BESIDE  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="compiles: needs TRITON_INTERPRET unset"),
@@ -54,6 +54,8 @@ POINTERS = {
     torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
+# Of programmatic dependent launches: the wait for the kernel before, and what lets the next one in.
+WAIT, LET_IN = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 Recorded = tuple[Any, config.Launch, dict[str, Any]]
 
 
@@ -71,6 +73,7 @@ def record(
     everything: bool = False,
     optional: dict[str, Tensor] | None = None,
     coarse: str = "paper",
+    k_pooled: Tensor | None = None,
     **options: bool,
 ) -> list[Recorded]:
     """The launches of one call with a window's end and the ``optional`` tensors, or with ``everything``."""
@@ -95,8 +98,9 @@ def record(
     scale, weight = factors["k_scale"], factors["k_weight"]
     arguments = {"sorted": True, "mark_hidden": False} | options
     launch.indexer_topk_triton(
-        q, k, torch.zeros(1, queries, heads), topk, budget, visibility, scale, weight, **arguments, coarse=coarse
-    )
+        q, k, torch.zeros(1, queries, heads), topk, budget, visibility, scale, weight, **arguments, k_pooled=k_pooled,
+        coarse=coarse,
+    )  # fmt: skip
     return launches
 
 
@@ -162,20 +166,41 @@ def test_kernels_wait_and_those_that_run_at_once_let_the_next_one_in(
     few = 0
     for recorded in record(monkeypatch, torch.bfloat16, arch, queries=queries, tokens=65536):
         asm = compile_launch(recorded, arch).asm
-        name, (wait, let_in) = recorded[0].__name__, ("griddepcontrol.wait", "griddepcontrol.launch_dependents")
-        overlaps = recorded[2]["OVERLAP"]
-        assert (overlaps != APART.value) == (arch == "sm_90")
+        name, overlap = recorded[0].__name__, recorded[2]["OVERLAP"]
+        assert (overlap != APART.value) == (arch == "sm_90")
         if arch != "sm_90":
-            assert wait not in asm.get("ptx", "")
+            assert WAIT not in asm.get("ptx", "")
             continue
-        few += overlaps == BESIDE.value
-        before, behind = asm["ptx"].split(wait)
-        assert let_in not in before, name
-        assert behind.count(let_in) == (overlaps == BESIDE.value), name
+        few += overlap == BESIDE.value
+        before, behind = asm["ptx"].split(WAIT)
+        assert LET_IN not in before, name
+        assert behind.count(LET_IN) == (overlap == BESIDE.value), name
         for access in ("ld.global", "st.global", "cp.async"):
             assert access not in before, name
     if arch == "sm_90":
         assert few == (7 if queries == 1 else 2), "pooling has more programs; lists of pairs are small kernels too"
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_queries_are_widened_beside_the_pooling_of_their_own_call(
+    monkeypatch: pytest.MonkeyPatch, pooled: bool
+) -> None:
+    """Where the call begins with them what is before it is unknown, and they wait for it as all others do."""
+    k_pooled = torch.zeros(1, 512, 128, dtype=torch.bfloat16) if pooled else None
+    launches = record(
+        monkeypatch, torch.float8_e4m3fn, "sm_90", queries=1024, tokens=65536, k_pooled=k_pooled, sorted=False
+    )
+    names = [recorded[0].__name__ for recorded in launches]
+    at = names.index("widen_queries_kernel")
+    assert ("pool_kernel" in names[:at]) != pooled
+    assert launches[at][2]["OVERLAP"] == (AFTER.value if pooled else AHEAD.value)
+    before, behind = compile_launch(launches[at], "sm_90").asm["ptx"].split(WAIT)
+    for access in ("ld.global", "st.global"):
+        assert access in (behind if pooled else before)
+        assert access not in (before if pooled else behind)
+    if not pooled:
+        assert names[:at] == ["pool_kernel"]
+        assert launches[0][2]["OVERLAP"] == BESIDE.value
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

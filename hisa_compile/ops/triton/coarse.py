@@ -16,7 +16,7 @@ import triton.language as tl
 from .group import clear_counts
 from .keys import score_bits
 from .operands import FP8_NONE, load_operand
-from .overlap import wait_for_kernel_before
+from .overlap import wait_at_the_end, wait_for_kernel_before
 from .score import head_sum, load_query, load_vectors, load_weights, multiply, real_heads
 from .visible import eligible_blocks, group_window, row_coordinates, row_segment, row_window
 
@@ -129,7 +129,10 @@ def widen_queries_kernel(
     H: tl.constexpr, D: tl.constexpr, PADDED_H: tl.constexpr, TILE_D: tl.constexpr, FP8: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """wide_ptr [rows, H, D] gets the q of a chunk's rows in its own dtype, grid (rows): float8 that meets means."""
+    """wide_ptr [rows, H, D] gets the q of a chunk's rows in its own dtype, grid (rows): float8 that meets means.
+
+    Needs nothing of the kernel before it, where that is one of the same call: AHEAD, it runs beside pooling.
+    """
     wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0)
     _, batch, query_index = row_coordinates(first_row, row, S)
@@ -140,3 +143,4 @@ def widen_queries_kernel(
     query = load_operand(at, wanted, FP8)
     out = wide_ptr + row.to(tl.int64) * (H * D) + h[:, None] * D + d[None, :]
     tl.store(out, query.to(wide_ptr.dtype.element_ty), mask=wanted)
+    wait_at_the_end(OVERLAP)

@@ -30,10 +30,47 @@ def tile_columns(base, TILE: tl.constexpr):
 
 
 @triton.jit
+def _split_four(x):
+    """The four integers of the two last dimensions, each of two."""
+    even, odd = tl.split(x)
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _join_four(a, b, c, d):
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
 def before(counts):
-    """The sum of ``counts`` before each column."""
-    of_run = tl.sum(counts, axis=1)
-    return tl.cumsum(counts, axis=1) - counts + (tl.cumsum(of_run, axis=0) - of_run)[:, None]
+    """The sum of ``counts``, each 0 or 1, before each column."""
+    RUNS: tl.constexpr = counts.shape[0]
+    RUN: tl.constexpr = counts.shape[1]
+    if RUNS % 4 == 0:
+        # A thread has four neighbours of a run, and of four runs one integer is made: a byte holds what a run counts.
+        LANES: tl.constexpr = RUN // 4
+        a, b, c, d = _split_four(tl.reshape(counts, [RUNS, LANES, 2, 2]))
+        here = (a << 8) + ((a + b) << 16) + ((a + b + c) << 24)
+        runs = tl.permute(tl.reshape(a + b + c + d, [2, 2, RUNS // 4, LANES]), (2, 3, 0, 1))
+        first, second, third, fourth = _split_four(runs)
+        packed = first + (second << 8) + (third << 16) + (fourth << 24)
+        inside = tl.cumsum(packed, axis=1) - packed
+        of_run = tl.sum(packed, axis=1)
+        inside = _join_four(inside & 255, (inside >> 8) & 255, (inside >> 16) & 255, (inside >> 24) & 255)
+        inside = tl.reshape(tl.permute(inside, (2, 3, 0, 1)), [RUNS, LANES])
+        of_run = _join_four(of_run & 255, (of_run >> 8) & 255, (of_run >> 16) & 255, (of_run >> 24) & 255)
+        of_run = tl.reshape(tl.permute(of_run, (1, 2, 0)), [RUNS])
+        inside += (tl.cumsum(of_run, axis=0) - of_run)[:, None]
+        place = _join_four(
+            inside, inside + ((here >> 8) & 255), inside + ((here >> 16) & 255), inside + ((here >> 24) & 255)
+        )
+        place = tl.reshape(place, [RUNS, RUN])
+    else:
+        of_run = tl.sum(counts, axis=1)
+        place = tl.cumsum(counts, axis=1) - counts + (tl.cumsum(of_run, axis=0) - of_run)[:, None]
+    return place
 
 
 @triton.jit
@@ -46,8 +83,19 @@ def store_columns(columns_ptr, base, place, taken, TILE: tl.constexpr):
 
 
 @triton.jit
-def how_many(x):
-    return tl.sum(x.to(tl.int32), axis=None)
+def one_of(size):
+    """1, for any number that is not negative.
+
+    Which the compiler cannot know of a kernel's argument: sums of comparisons with 1 it makes into population counts
+    of bits that it packs for them, which takes twice as many instructions as adding up does.
+    """
+    return tl.where(size >= 0, 1, 2)
+
+
+@triton.jit
+def how_many(x, one):
+    """``one``: see :func:`one_of`."""
+    return tl.sum(tl.where(x, one, 0), axis=None)
 
 
 @triton.jit
@@ -67,15 +115,15 @@ def _quantile(count, total):
 
 
 @triton.jit
-def _next_pivot(low, high, at_low, above_high, wanted, total, step, halve):
+def _next_pivot(low, high, z_low, z_high, z_wanted, step, halve):
     """A key in (low, high], near the wanted one if scores are spread as a normal distribution's between the two.
 
-    ``at_low`` keys of ``total`` are >= low and ``above_high`` are > high.  Every fifth guess, and where ``halve`` says
-    that the last one was poor, it is the middle instead, which bounds what another spread costs.
+    ``z_low``, ``z_high`` and ``z_wanted``: quantiles of low, of the key above high, and of the wanted one.  Every fifth
+    guess, and where ``halve`` says that the last one was poor, it is the middle instead, which bounds what another
+    spread costs.
     """
-    at_top = _quantile(above_high, total)
     # A quotient that may be a little off: it is a guess.
-    share = (at_top - _quantile(wanted, total)) * (1.0 / (at_top - _quantile(at_low, total)))
+    share = (z_high - z_wanted) * (1.0 / (z_high - z_low))
     top = key_score(high)
     guess = top - tl.where(halve | (step % 5 == 4), 0.5, share) * (top - key_score(low))
     # Bits of a NaN are no key in between, or one: either is fine.
@@ -86,39 +134,49 @@ def _next_pivot(low, high, at_low, above_high, wanted, total, step, halve):
 
 
 @triton.jit
-def _narrowed(low, high, at_low, above_high, wanted, step, halve, pivot, count):
-    """The bracket, and what is counted of it, once ``count`` keys are known to be >= ``pivot``; and ``halve``: whether
+def _narrowed(low, high, at_low, above_high, z_low, z_high, wanted, total, step, halve, pivot, count):
+    """The bracket, and what is known of it, once ``count`` keys are known to be >= ``pivot``; and ``halve``: whether
     that was a poor guess, off by an eighth of the bracket's keys.
     """
     off = tl.abs(count - wanted) * 8 > at_low - above_high
     halve = off & (halve == 0) & (step % 5 != 4)
     enough = count >= wanted
+    z = _quantile(count, total)
     low = tl.where(enough, pivot, low)
     at_low = tl.where(enough, count, at_low)
+    z_low = tl.where(enough, z, z_low)
     high = tl.where(enough, high, pivot - 1)
     above_high = tl.where(enough, above_high, count)
-    return low, high, at_low, above_high, halve
+    z_high = tl.where(enough, z_high, z)
+    return low, high, at_low, above_high, z_low, z_high, halve
 
 
 @triton.jit
 def _cut(low, at_low, above_high, wanted):
-    """(threshold, ties) of a bracket that is closed: take the keys above the threshold and ``ties`` equal to it."""
+    """(threshold, ties, wanted) of a bracket that is closed: take the keys above the threshold and ``ties`` equal to
+    it, which are ``wanted`` keys.
+    """
     whole = at_low == wanted
     # All keys >= low are taken; low is above HIDDEN_KEY unless there are none.
-    return tl.where(whole, tl.maximum(low, HIDDEN_KEY + 1) - 1, low), tl.where(whole, 0, wanted - above_high)
+    return tl.where(whole, tl.maximum(low, HIDDEN_KEY + 1) - 1, low), tl.where(whole, 0, wanted - above_high), wanted
 
 
 @triton.jit
-def kth_key(keys, wanted):
-    """(threshold, ties) for the best ``wanted`` of ``keys`` int32 [.., ..], fewer where fewer are not HIDDEN_KEY."""
+def kth_key(keys, wanted, one):
+    """(threshold, ties, count) for the best ``wanted`` of ``keys`` int32 [.., ..]: as many as ``count`` of them, fewer
+    where fewer are not HIDDEN_KEY.  ``one``: see :func:`one_of`.
+    """
     high = tl.max(keys, axis=None)
     # HIDDEN_KEY - 1 is the greatest integer, so that the least of the others is found; without others it is itself.
     least = tl.min(tl.sub(keys, 1, sanitize_overflow=False), axis=None)
     low = tl.add(least, 1, sanitize_overflow=False)
-    total = how_many(keys != HIDDEN_KEY)
+    total = how_many(keys != HIDDEN_KEY, one)
     wanted = tl.minimum(wanted, total)
     at_low = total
     above_high = wanted * 0
+    z_low = _quantile(at_low, total)
+    z_high = _quantile(above_high, total)
+    z_wanted = _quantile(wanted, total)
     step = wanted * 0
     halve = step > 0
     while (low < high) & (at_low != wanted):
@@ -126,10 +184,10 @@ def kth_key(keys, wanted):
             drawn_in = tl.min(tl.where(keys < low, high, keys), axis=None)
             high = tl.max(tl.where(keys > high, low, keys), axis=None)
             low = drawn_in
-        pivot = _next_pivot(low, high, at_low, above_high, wanted, total, step, halve)
-        reached = how_many(keys >= pivot)
-        low, high, at_low, above_high, halve = _narrowed(
-            low, high, at_low, above_high, wanted, step, halve, pivot, reached
+        pivot = _next_pivot(low, high, z_low, z_high, z_wanted, step, halve)
+        reached = how_many(keys >= pivot, one)
+        low, high, at_low, above_high, z_low, z_high, halve = _narrowed(
+            low, high, at_low, above_high, z_low, z_high, wanted, total, step, halve, pivot, reached
         )
         step += 1
     return _cut(low, at_low, above_high, wanted)
@@ -164,7 +222,7 @@ def but(keys, column, first, last):
 
 
 @triton.jit
-def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, TILE: tl.constexpr):
+def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, one, TILE: tl.constexpr):
     """:func:`kth_key` of a row that is read again for every step."""
     at_low = wanted * 0
     high = wanted * 0 + HIDDEN_KEY
@@ -173,13 +231,16 @@ def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, TI
         column = tile_columns(base, TILE)
         keys = but(load_tile_keys(scores_ptr, base, first, past, TILE), column, skip_first, skip_last)
         present = keys != HIDDEN_KEY
-        at_low += how_many(present)
+        at_low += how_many(present, one)
         high = tl.maximum(high, tl.max(keys, axis=None))
         low = tl.minimum(low, tl.min(tl.where(present, keys, 2147483647), axis=None))
     total = at_low
     wanted = tl.minimum(wanted, total)
     low = tl.minimum(low, high)
     above_high = wanted * 0
+    z_low = _quantile(at_low, total)
+    z_high = _quantile(above_high, total)
+    z_wanted = _quantile(wanted, total)
     step = wanted * 0
     halve = step > 0
     while (low < high) & (at_low != wanted):
@@ -193,46 +254,46 @@ def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, TI
                 most = tl.maximum(most, tl.max(tl.where(keys > high, low, keys), axis=None))
             low = least
             high = most
-        pivot = _next_pivot(low, high, at_low, above_high, wanted, total, step, halve)
+        pivot = _next_pivot(low, high, z_low, z_high, z_wanted, step, halve)
         count = wanted * 0
         for base in range(first // TILE * TILE, past, TILE):
             column = tile_columns(base, TILE)
             keys = but(load_tile_keys(scores_ptr, base, first, past, TILE), column, skip_first, skip_last)
-            count += how_many(keys >= pivot)
-        low, high, at_low, above_high, halve = _narrowed(
-            low, high, at_low, above_high, wanted, step, halve, pivot, count
+            count += how_many(keys >= pivot, one)
+        low, high, at_low, above_high, z_low, z_high, halve = _narrowed(
+            low, high, at_low, above_high, z_low, z_high, wanted, total, step, halve, pivot, count
         )
         step += 1
     return _cut(low, at_low, above_high, wanted)
 
 
 @triton.jit
-def places(keys, threshold, ties, TILE: tl.constexpr):
-    """(taken, place, taken in all, ties left): which keys of a tile are selected, and how many before each."""
-    above = keys > threshold
-    equal = (keys == threshold) & (keys != HIDDEN_KEY)
-    # Both counts in one scan: a tile has fewer than 2^15 keys.
-    counts = above.to(tl.int32) + (equal.to(tl.int32) << 16)
-    earlier = before(counts)
-    equal_before = earlier >> 16
-    taken = above | (equal & (equal_before < ties))
-    place = (earlier & 65535) + tl.minimum(equal_before, ties)
-    total = tl.sum(counts, axis=None)
-    used = tl.minimum(total >> 16, ties)
-    return taken, place, (total & 65535) + used, ties - used
+def are_taken(keys, threshold, ties, one):
+    """Which keys of a tile are selected: those above the threshold, and of those equal to it the first ``ties``."""
+    taken = keys > threshold
+    if ties != 0:
+        equal = (keys == threshold) & (threshold != HIDDEN_KEY)
+        taken = taken | (equal & (before(tl.where(equal, one, 0)) < ties))
+    return taken
 
 
 @triton.jit
-def store_selected(columns_ptr, base, keys, threshold, ties, TILE: tl.constexpr):
-    """Write the columns of the selected keys, ascending; (how many, ties left)."""
+def count_taken(keys, threshold, ties, one):
+    """(how many keys of a tile are selected, ties left)."""
+    equal = how_many((keys == threshold) & (threshold != HIDDEN_KEY), one)
+    return how_many(keys > threshold, one) + tl.minimum(equal, ties), tl.maximum(ties - equal, 0)
+
+
+@triton.jit
+def store_selected(columns_ptr, base, keys, threshold, ties, one, TILE: tl.constexpr):
+    """Write the columns of the selected keys, ascending."""
     if ties == 0:
-        taken = keys > threshold
-        store_columns(columns_ptr, base, before(taken.to(tl.int32)), taken, TILE)
-        count = how_many(taken)
+        place = before(tl.where(keys > threshold, one, 0))
+        # keys > threshold once more, which takes less than to keep the answers; the compiler cannot know that it is.
+        store_columns(columns_ptr, base, place, keys >= threshold + one, TILE)
     else:
-        taken, place, count, ties = places(keys, threshold, ties, TILE)
-        store_columns(columns_ptr, base, place, taken, TILE)
-    return count, ties
+        taken = are_taken(keys, threshold, ties, one)
+        store_columns(columns_ptr, base, before(tl.where(taken, one, 0)), taken, TILE)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ CUDA graph.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from .launch_pool import launch_pool
 from .launch_probe import launch_probe
 from .long_rows import count_candidates_kernel, guess_key_kernel, list_candidates_kernel
 from .operands import FP8_BITS
+from .overlap import AHEAD, BESIDE
 from .plan import Chunk, Level, Plan, rows_past_a_tile
 from .refine import refine_by_block_kernel, refine_by_row_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
@@ -166,11 +168,12 @@ class _Call:
         self.repeatable: list[gpu.Repeatable] = []
         self.repeats = False
         means = pooled_dtype(self.dtype)
-        wide = means if self.coarse_copied and means != self.dtype else None
+        self.wide = means if self.coarse_copied and means != self.dtype else None
+        self.widened_ahead = False  # beside the kernel before it, which is then known to be one of this call
         if self.query_rows is not None:
             self.q_desc = describe(q, self.query_rows, tiles.padded_heads, tiles.tile_dim)
         of_probe = torch.float16 if fp8 == FP8_BITS else self.dtype
-        self.space = Workspace(self.plan, heads, self.dim, wide, of_probe, self.empty)
+        self.space = Workspace(self.plan, heads, self.dim, self.wide, of_probe, self.empty)
 
     def run(self) -> None:
         ranked = self.plan.by_means
@@ -212,7 +215,7 @@ class _Call:
 
     def launch(self, kernel: Any, programs: int, how: Launch, **arguments: Any) -> None:
         """A launch of a stage; of the first chunk's, those after it repeat it."""
-        arguments["OVERLAP"] = gpu.overlap(self.q, programs)
+        arguments.setdefault("OVERLAP", gpu.overlap(self.q, programs))
         compiled = gpu.launch(kernel, programs, how, **arguments)
         known = self.repeats or self.record is not None
         one = gpu.Repeatable(compiled, kernel, programs, arguments) if known and compiled is not None else None
@@ -249,8 +252,10 @@ class _Call:
                 self.empty(self.batch, ranked.blocks, dtype=torch.int64) for _ in range(2)
             )
         if self.k_pooled is None or any(table is not None for table in tables.values()):
+            # However many programs pool, queries that are widened need not wait for them.
+            self.widened_ahead = self.wide is not None
             launch_pool(
-                self.launch,
+                functools.partial(self.launch, OVERLAP=int(BESIDE)) if self.widened_ahead else self.launch,
                 self.keys | self.of_keys | tables | {"means_ptr": means if self.k_pooled is None else None},
                 self.batch, self.tokens, self.dim, ranked.block_size, self.shape["FP8"], self.spread,
             )  # fmt: skip
@@ -317,7 +322,9 @@ class _Call:
             shape = {name: self.shape[name] for name in ("H", "D", "PADDED_H", "TILE_D", "FP8")}
             query = {name: self.query[name] for name in ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd")}
             at = {"first_row": chunk.first_row, "S": self.queries}
-            self.launch(widen_queries_kernel, chunk.rows, Launch(1, 4), **query, **at, **shape, wide_ptr=wide)
+            # It writes what only kernels of earlier chunks have read: all have ended when the last of them has begun.
+            work: dict[str, Any] = query | at | shape | ({"OVERLAP": int(AHEAD)} if self.widened_ahead else {})
+            self.launch(widen_queries_kernel, chunk.rows, Launch(1, 4), **work, wide_ptr=wide)
             rows, described = QueryRows(0, wide.shape[1], 0), self.space.wide_desc
         return self.described(rows, described) | {"OF_CHUNK": wide is not None}
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .keys import HIDDEN_KEY
-from .kth import before, how_many, kth_key, load_keys, load_tile_keys, store_columns, sum_counts, tile_columns
+from .kth import how_many, kth_key, load_keys, load_tile_keys, one_of, store_selected, sum_counts, tile_columns
 from .overlap import wait_for_kernel_before
 from .select import row_range
 
@@ -50,7 +50,7 @@ def guess_key_kernel(
         # But no more than leave it likely that all of them fit a tile.
         enough = tl.minimum(enough, (K + TILE) // 2 * (SAMPLE / (past - first).to(tl.float32)))
         enough = tl.minimum(tl.maximum(enough, 1.0), SAMPLE).to(tl.int32)
-        guess, _ = kth_key(keys, enough)
+        guess, _, _ = kth_key(keys, enough, one_of(K))
     tl.store(guess_ptr + row, tl.maximum(guess, HIDDEN_KEY + 1))
 
 
@@ -77,8 +77,8 @@ def count_candidates_kernel(
     present = row * 0
     if (segment * TILE < past) & (segment * TILE > first - TILE):
         keys = load_tile_keys(token_scores_ptr + row.to(tl.int64) * pitch, segment * TILE, first, past, TILE)
-        reached = how_many(keys >= tl.load(guess_ptr + row))
-        present = how_many(keys != HIDDEN_KEY)
+        reached = how_many(keys >= tl.load(guess_ptr + row), one_of(segments))
+        present = how_many(keys != HIDDEN_KEY, one_of(segments))
     counts_ptr += row.to(tl.int64) * 2 * segments + segment
     tl.store(counts_ptr, reached)
     tl.store(counts_ptr + segments, present)
@@ -107,6 +107,8 @@ def list_candidates_kernel(
             start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, kept_count_ptr, first_row, row, S, T, BLOCK_SIZE
         )
         keys = load_tile_keys(token_scores_ptr + row.to(tl.int64) * pitch, segment * TILE, first, past, TILE)
-        reached = keys >= tl.load(guess_ptr + row)
+        one = one_of(segments)
+        guess = tl.load(guess_ptr + row)
         candidates_ptr += row.to(tl.int64) * TILE + sum_counts(counts_ptr, segment, STEP)
-        store_columns(candidates_ptr, segment * TILE, before(reached.to(tl.int32)), reached, TILE)
+        # What reaches the guess is above one less: no guess is as low as HIDDEN_KEY.
+        store_selected(candidates_ptr, segment * TILE, keys, guess - 1, 0, one, TILE)

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-# How a kernel is launched: when the one before it has ended, when its programs leave, and so that the next may be
-# brought while it runs.
+# How a kernel is launched: when the one before it has ended; needing nothing of the one before it, and so with it; when
+# the programs of the one before it leave; and so besides that the next one may be brought while it runs.
 APART = tl.constexpr(0)
-AFTER = tl.constexpr(1)
-BESIDE = tl.constexpr(2)
+AHEAD = tl.constexpr(1)
+AFTER = tl.constexpr(2)
+BESIDE = tl.constexpr(3)
 
 
 @triton.jit
@@ -28,7 +29,17 @@ def wait_for_kernel_before(OVERLAP: tl.constexpr):
     Every one, since a kernel knows by it that the one before it has ended, not the one before that.  Only then is the
     next one let in, so that all before this one have ended when its programs begin.
     """
-    if OVERLAP != APART:
+    if OVERLAP >= AFTER:
         cuda.gdc_wait()
     if OVERLAP == BESIDE:
         cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_at_the_end(OVERLAP: tl.constexpr):
+    """What a kernel that may be AHEAD does last, so that the next one still knows what has ended.
+
+    The one before it must be BESIDE, or come in no programmatic launch: else what is before that may still run.
+    """
+    if OVERLAP == AHEAD:
+        cuda.gdc_wait()

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .group import clear_counts
 from .keys import HIDDEN_BITS, HIDDEN_KEY, key_score, score_bits, stored_key
-from .kth import how_many, tile_columns
+from .kth import how_many, one_of, tile_columns
 from .operands import FP8_NONE, dot, load_factor, load_operand
 from .overlap import wait_for_kernel_before
 from .score import load_vectors
@@ -263,13 +263,14 @@ def threshold_kernel(
     half = best
     low = best
     # Both ranks where fewer are visible: those of as many as there are.
-    rank = tl.minimum(rank, how_many(keys != HIDDEN_KEY))
+    one = one_of(size)
+    rank = tl.minimum(rank, how_many(keys != HIDDEN_KEY, one))
     taken = rank * 0
     # Equal ones go together, so there may be less to do; a loop that ends then is optimised away by Triton 3.6 and 3.7.
     for _ in range(rank):
         low = tl.where(taken < rank, best, low)
         half = tl.where(taken < (rank + 1) // 2, best, half)
-        taken += how_many(keys == best)
+        taken += how_many(keys == best, one)
         keys = tl.where(keys == best, HIDDEN_KEY, keys)
         best = tl.max(keys, axis=None)
     threshold = 0.0

@@ -12,12 +12,15 @@ import triton.language as tl
 
 from .keys import HIDDEN_BITS, HIDDEN_KEY, stored_key
 from .kth import (
+    are_taken,
+    before,
     but,
+    count_taken,
     kth_key,
     kth_key_in_memory,
     load_keys,
     load_tile_keys,
-    places,
+    one_of,
     store_columns,
     store_selected,
     sum_counts,
@@ -90,20 +93,24 @@ def select_blocks_kernel(
         last = tl.maximum(last, tl.max(tl.where(keys != HIDDEN_KEY, column, -1), axis=None))
     always = tl.where(first > last, 0, tl.where(first == last, 1, 2))
 
+    one = one_of(M)
     if ONE_TILE:
-        threshold, ties = kth_key(but(keys, column, first, last), block_topk - always)
+        threshold, ties, count = kth_key(but(keys, column, first, last), block_topk - always, one)
     else:
-        threshold, ties = kth_key_in_memory(
-            block_topk - always, block_scores_ptr, first_block, past_block, first, last, TILE
+        threshold, ties, count = kth_key_in_memory(
+            block_topk - always, block_scores_ptr, first_block, past_block, first, last, one, TILE
         )
     kept = first * 0
     for base in range(from_column, TILE if ONE_TILE else past_block, TILE):
         if not ONE_TILE:
             column = tile_columns(base, TILE)
             keys = load_keys(block_scores_ptr, column, first_block, past_block)
-        taken, place, count, ties = places(but(keys, column, first, last), threshold, ties, TILE)
+        ranked = but(keys, column, first, last)
+        taken = are_taken(ranked, threshold, ties, one)
         # The two that are always kept are not among the keys: nothing eligible lies before one or behind the other.
-        place += (column > first).to(tl.int32)
+        place = before(tl.where(taken, one, 0)) + (column > first).to(tl.int32)
+        if not ONE_TILE:
+            count, ties = count_taken(ranked, threshold, ties, one)
         inside = (column >= first_block) & (column < past_block)
         taken = (taken | (column == first) | (column == last)) & inside
         if kept_ptr is not None:
@@ -154,10 +161,11 @@ def select_tokens_kernel(
     keys_ptr += (row.to(tl.int64) + first_row) * K
 
     # Selected columns are first written where the positions will be: what comes after is done for these alone.
+    one = one_of(K)
     if ONE_TILE:
         keys = load_tile_keys(token_scores_ptr, 0, first, past, TILE)
-        threshold, ties = kth_key(keys, K)
-        selected, ties = store_selected(indices_ptr, 0, keys, threshold, ties, TILE)
+        threshold, ties, selected = kth_key(keys, K, one)
+        store_selected(indices_ptr, 0, keys, threshold, ties, one, TILE)
     else:
         candidates_ptr += row.to(tl.int64) * TILE
         counts_ptr += row.to(tl.int64) * 2 * segments
@@ -168,14 +176,15 @@ def select_tokens_kernel(
             entry = tile_columns(0, TILE)
             column = tl.load(candidates_ptr + entry, mask=entry < found, other=0)
             keys = stored_key(tl.load(token_scores_ptr + column, mask=entry < found, other=HIDDEN_BITS))
-            threshold, ties = kth_key(keys, K)
+            threshold, ties, selected = kth_key(keys, K, one)
             # Places among the candidates, which the last loop below replaces by the candidates.
-            selected, ties = store_selected(indices_ptr, 0, keys, threshold, ties, TILE)
+            store_selected(indices_ptr, 0, keys, threshold, ties, one, TILE)
         else:
-            threshold, ties = kth_key_in_memory(K + row * 0, token_scores_ptr, first, past, -1, -1, TILE)
+            threshold, ties, _ = kth_key_in_memory(K + row * 0, token_scores_ptr, first, past, -1, -1, one, TILE)
             for base in range(first // TILE * TILE, past, TILE):
                 keys = load_tile_keys(token_scores_ptr, base, first, past, TILE)
-                taken, ties = store_selected(indices_ptr + selected, base, keys, threshold, ties, TILE)
+                store_selected(indices_ptr + selected, base, keys, threshold, ties, one, TILE)
+                taken, ties = count_taken(keys, threshold, ties, one)
                 selected += taken
     tl.store(selected_count_ptr + row, selected)
 
