@@ -372,7 +372,7 @@ class _Call:
         if not self.plan.by_block:
             tiles = cdiv(self.plan.columns, self.plan.tiles.tile)
             how = config.by_row_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
-            share = max(1, min(tiles, chunk.rows * tiles // how.programs)) * self.plan.tiles.tile
+            share = cdiv(chunk.rows * tiles, max(how.programs, chunk.rows)) * self.plan.tiles.tile
             groups = cdiv(self.plan.columns, share)
             # Buffers that a short loop does not fill would only keep other programs away.
             how = how._replace(stages=min(how.stages, share // self.plan.tiles.tile))

@@ -121,6 +121,10 @@ def refine_by_block_kernel(
             tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column + position, bits, mask=inside_row)
 
 
+# Kept blocks that a warp has in a register, one a lane.
+_LISTED = tl.constexpr(32)
+
+
 @triton.jit(
     do_not_specialize=["first_row", "groups", "group_columns", "S", "T", "block_topk"],
     do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr"],
@@ -174,22 +178,35 @@ def refine_by_row_kernel(
             k_segment_ptr += batch * k_segment_sb
         query = load_query(q_ptr, q_sh, q_sd, 0, H, D, PADDED_H, TILE_D, FP8)
         weights = load_weights(w_ptr + row.to(tl.int64) * w_sr, H, PADDED_H)
-        for base in tl.range(low, high, TILE, num_stages=STAGES):
-            column = base + tl.arange(0, TILE)
-            token = column.to(tl.int64)
-            if kept_ptr is not None:
-                slot = row.to(tl.int64) * block_topk + column // BLOCK_SIZE
-                block = tl.load(kept_ptr + slot, mask=column < high, other=0)
-                token = block.to(tl.int64) * BLOCK_SIZE + column % BLOCK_SIZE
-            visible = visible_tokens(
-                token, start, end, valid_ptr, valid_st, mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
-            )
-            visible = visible & (column < high)
-            scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, visible)
-            factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, visible)
-            scores = score_tile(
-                query, weights, q_ptr, q_sh, q_sd, k_ptr + token * k_st, k_sd, scale, factor, visible,
-                H, D, PADDED_H, TILE_D, FP8, FP8, WIDEN,
-            )  # fmt: skip
-            bits = score_bits(scores, visible)
-            tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column, bits, mask=column < pitch)
+        # A tile of one block has its number from a register: keys whose place is read from memory a moment before are
+        # copied one tile ahead at best, however many stages there are.
+        ONE_BLOCK: tl.constexpr = kept_ptr is not None and BLOCK_SIZE % TILE == 0
+        STEP: tl.constexpr = _LISTED * TILE if ONE_BLOCK else 2**30
+        near = tl.arange(0, _LISTED)
+        for first in range(low, high, STEP):
+            first_slot = first // BLOCK_SIZE
+            if ONE_BLOCK:
+                slot = first_slot + near
+                blocks = tl.load(kept_ptr + row.to(tl.int64) * block_topk + slot, mask=slot * BLOCK_SIZE < high, other=0)
+            for base in tl.range(first, first + tl.minimum(high - first, STEP), TILE, num_stages=STAGES):
+                column = base + tl.arange(0, TILE)
+                token = column.to(tl.int64)
+                if ONE_BLOCK:
+                    block = tl.sum(tl.where(near == base // BLOCK_SIZE - first_slot, blocks, 0), axis=0)
+                    token = block.to(tl.int64) * BLOCK_SIZE + column % BLOCK_SIZE
+                elif kept_ptr is not None:
+                    slot = row.to(tl.int64) * block_topk + column // BLOCK_SIZE
+                    block = tl.load(kept_ptr + slot, mask=column < high, other=0)
+                    token = block.to(tl.int64) * BLOCK_SIZE + column % BLOCK_SIZE
+                visible = visible_tokens(
+                    token, start, end, valid_ptr, valid_st, mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
+                )
+                visible = visible & (column < high)
+                scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, visible)
+                factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, visible)
+                scores = score_tile(
+                    query, weights, q_ptr, q_sh, q_sd, k_ptr + token * k_st, k_sd, scale, factor, visible,
+                    H, D, PADDED_H, TILE_D, FP8, FP8, WIDEN,
+                )  # fmt: skip
+                bits = score_bits(scores, visible)
+                tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column, bits, mask=column < pitch)
