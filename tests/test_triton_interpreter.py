@@ -20,7 +20,14 @@ pytest.importorskip("triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run on this machine's GPU")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter's already")
 @pytest.mark.parametrize(
-    "module", ["test_triton_kernels", "test_triton_two_level", "test_triton_hostile", "test_triton_descriptor"]
+    "module",
+    [
+        "test_triton_kernels",
+        "test_triton_two_level",
+        "test_triton_hostile",
+        "test_triton_descriptor",
+        "test_triton_select",
+    ],
 )
 def test_kernels_agree_with_the_reference_under_the_interpreter(module: str) -> None:
     """Every CPU test of the kernels, in a subprocess; its report is the failure message."""

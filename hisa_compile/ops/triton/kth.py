@@ -110,8 +110,9 @@ def _quantile(count, total):
     That of Tukey's lambda distribution for 1 / 8, which is close to it and takes no logarithm.  None and all count as
     half a value.
     """
-    above = tl.minimum(tl.maximum(count.to(tl.float32), 0.5), total.to(tl.float32) - 0.5)
-    return _eighth_root(total.to(tl.float32) - above) - _eighth_root(above)
+    all_of_them = tl.maximum(total, 1).to(tl.float32)
+    above = tl.minimum(tl.maximum(count.to(tl.float32), 0.5), all_of_them - 0.5)
+    return _eighth_root(all_of_them - above) - _eighth_root(above)
 
 
 @triton.jit
@@ -269,10 +270,13 @@ def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, on
 
 @triton.jit
 def are_taken(keys, threshold, ties, one):
-    """Which keys of a tile are selected: those above the threshold, and of those equal to it the first ``ties``."""
+    """Which keys of a tile are selected: those above the threshold, and of those equal to it the first ``ties``.
+
+    No threshold with ties is HIDDEN_KEY: there are no more of them than visible keys.
+    """
     taken = keys > threshold
     if ties != 0:
-        equal = (keys == threshold) & (threshold != HIDDEN_KEY)
+        equal = keys == threshold
         taken = taken | (equal & (before(tl.where(equal, one, 0)) < ties))
     return taken
 
@@ -280,7 +284,7 @@ def are_taken(keys, threshold, ties, one):
 @triton.jit
 def count_taken(keys, threshold, ties, one):
     """(how many keys of a tile are selected, ties left)."""
-    equal = how_many((keys == threshold) & (threshold != HIDDEN_KEY), one)
+    equal = how_many(keys == threshold, one)
     return how_many(keys > threshold, one) + tl.minimum(equal, ties), tl.maximum(ties - equal, 0)
 
 
@@ -290,7 +294,7 @@ def store_selected(columns_ptr, base, keys, threshold, ties, one, TILE: tl.const
     if ties == 0:
         place = before(tl.where(keys > threshold, one, 0))
         # keys > threshold once more, which takes less than to keep the answers; the compiler cannot know that it is.
-        store_columns(columns_ptr, base, place, keys >= threshold + one, TILE)
+        store_columns(columns_ptr, base, place, keys > threshold + (one - 1), TILE)
     else:
         taken = are_taken(keys, threshold, ties, one)
         store_columns(columns_ptr, base, before(tl.where(taken, one, 0)), taken, TILE)

@@ -187,7 +187,9 @@ def refine_by_row_kernel(
             first_slot = first // BLOCK_SIZE
             if ONE_BLOCK:
                 slot = first_slot + near
-                blocks = tl.load(kept_ptr + row.to(tl.int64) * block_topk + slot, mask=slot * BLOCK_SIZE < high, other=0)
+                blocks = tl.load(
+                    kept_ptr + row.to(tl.int64) * block_topk + slot, mask=slot * BLOCK_SIZE < high, other=0
+                )
             for base in tl.range(first, first + tl.minimum(high - first, STEP), TILE, num_stages=STAGES):
                 column = base + tl.arange(0, TILE)
                 token = column.to(tl.int64)
