@@ -175,7 +175,7 @@ def test_kernels_wait_and_those_that_run_at_once_let_the_next_one_in(
         before, behind = asm["ptx"].split(WAIT)
         assert LET_IN not in before, name
         assert behind.count(LET_IN) == (overlap == BESIDE.value), name
-        for access in ("ld.global", "st.global", "cp.async"):
+        for access in ("ld.global", "st.global", "cp.async", "atom.", "red."):
             assert access not in before, name
     if arch == "sm_90":
         assert few == (7 if queries == 1 else 2), "pooling has more programs; lists of pairs are small kernels too"
@@ -195,7 +195,7 @@ def test_queries_are_widened_beside_the_pooling_of_their_own_call(
     assert ("pool_kernel" in names[:at]) != pooled
     assert launches[at][2]["OVERLAP"] == (AFTER.value if pooled else AHEAD.value)
     before, behind = compile_launch(launches[at], "sm_90").asm["ptx"].split(WAIT)
-    for access in ("ld.global", "st.global"):
+    for access in ("ld.global.cg", "st.global"):
         assert access in (behind if pooled else before)
         assert access not in (before if pooled else behind)
     if not pooled:

@@ -18,7 +18,7 @@ import triton.language as tl  # noqa: E402
 from triton_cases import DEVICE, RUNS  # noqa: E402
 
 from hisa_compile.ops.triton.keys import HIDDEN_KEY, NAN_KEY  # noqa: E402
-from hisa_compile.ops.triton.kth import (
+from hisa_compile.ops.triton.kth import (  # noqa: E402
     count_taken,
     kth_key,
     kth_key_in_memory,
@@ -26,7 +26,7 @@ from hisa_compile.ops.triton.kth import (
     one_of,
     store_selected,
     tile_columns,
-)  # noqa: E402
+)
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
 

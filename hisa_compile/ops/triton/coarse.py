@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .group import clear_counts
 from .keys import score_bits
-from .operands import FP8_NONE, load_operand
+from .operands import FP8_NONE
 from .overlap import wait_at_the_end, wait_for_kernel_before
 from .score import head_sum, load_query, load_vectors, load_weights, multiply, real_heads
 from .visible import eligible_blocks, group_window, row_coordinates, row_segment, row_window
@@ -126,7 +126,7 @@ def coarse_kernel(
 @triton.jit(do_not_specialize=["first_row", "S"])
 def widen_queries_kernel(
     q_ptr, q_sb, q_ss, q_sh, q_sd, wide_ptr, first_row, S,
-    H: tl.constexpr, D: tl.constexpr, PADDED_H: tl.constexpr, TILE_D: tl.constexpr, FP8: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, PADDED_H: tl.constexpr, TILE_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """wide_ptr [rows, H, D] gets the q of a chunk's rows in its own dtype, grid (rows): float8 that meets means.
@@ -140,7 +140,7 @@ def widen_queries_kernel(
     d = tl.arange(0, TILE_D)
     wanted = (h < H)[:, None] & (d < D)[None, :]
     at = q_ptr + batch * q_sb + query_index * q_ss + h.to(tl.int64)[:, None] * q_sh + d.to(tl.int64)[None, :] * q_sd
-    query = load_operand(at, wanted, FP8)
+    query = tl.load(at, mask=wanted, other=0.0, cache_modifier=".cg")
     out = wide_ptr + row.to(tl.int64) * (H * D) + h[:, None] * D + d[None, :]
     tl.store(out, query.to(wide_ptr.dtype.element_ty), mask=wanted)
     wait_at_the_end(OVERLAP)

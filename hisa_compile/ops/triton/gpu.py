@@ -44,9 +44,8 @@ def is_hopper(q: Tensor) -> bool:
     return architecture(q) == 90
 
 
-def overlap(q: Tensor, programs: int) -> int:
+def overlap(here: Architecture, programs: int) -> int:
     """How a kernel of so many programs stands to those before and after it, see :mod:`.overlap`."""
-    here = architecture(q)
     if not isinstance(here, int) or here < 90:
         return int(APART)
     return int(BESIDE if programs <= config.PROGRAMS_AT_ONCE else AFTER)

@@ -117,11 +117,11 @@ def _quantile(count, total):
 
 @triton.jit
 def _next_pivot(low, high, z_low, z_high, z_wanted, step, halve):
-    """A key in (low, high], near the wanted one if scores are spread as a normal distribution's between the two.
+    """A key in (low, high], or high where they are equal.
 
-    ``z_low``, ``z_high`` and ``z_wanted``: quantiles of low, of the key above high, and of the wanted one.  Every fifth
-    guess, and where ``halve`` says that the last one was poor, it is the middle instead, which bounds what another
-    spread costs.
+    It is near the wanted one if scores are spread as a normal distribution's between the two.  ``z_low``, ``z_high``
+    and ``z_wanted``: quantiles of low, of the key above high, and of the wanted one.  Every fifth guess, and where
+    ``halve`` says that the last one was poor, it is the middle instead, which bounds what another spread costs.
     """
     # A quotient that may be a little off: it is a guess.
     share = (z_high - z_wanted) * (1.0 / (z_high - z_low))
@@ -164,8 +164,9 @@ def _cut(low, at_low, above_high, wanted):
 
 @triton.jit
 def kth_key(keys, wanted, one):
-    """(threshold, ties, count) for the best ``wanted`` of ``keys`` int32 [.., ..]: as many as ``count`` of them, fewer
-    where fewer are not HIDDEN_KEY.  ``one``: see :func:`one_of`.
+    """(threshold, ties, count) for the best ``wanted`` of ``keys`` int32 [.., ..].
+
+    ``count`` is ``wanted``, or how many are not HIDDEN_KEY if these are fewer.  ``one``: see :func:`one_of`.
     """
     high = tl.max(keys, axis=None)
     # HIDDEN_KEY - 1 is the greatest integer, so that the least of the others is found; without others it is itself.

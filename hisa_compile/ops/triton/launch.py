@@ -164,7 +164,6 @@ class _Call:
             "WIDEN": triton.knobs.runtime.interpret,
         }
         self.sizes = {"S": self.queries, "T": self.tokens}
-        self.q = q
         self.repeatable: list[gpu.Repeatable] = []
         self.repeats = False
         means = pooled_dtype(self.dtype)
@@ -215,7 +214,7 @@ class _Call:
 
     def launch(self, kernel: Any, programs: int, how: Launch, **arguments: Any) -> None:
         """A launch of a stage; of the first chunk's, those after it repeat it."""
-        arguments.setdefault("OVERLAP", gpu.overlap(self.q, programs))
+        arguments.setdefault("OVERLAP", gpu.overlap(self.architecture, programs))
         compiled = gpu.launch(kernel, programs, how, **arguments)
         known = self.repeats or self.record is not None
         one = gpu.Repeatable(compiled, kernel, programs, arguments) if known and compiled is not None else None
@@ -319,10 +318,10 @@ class _Call:
         assert self.query_rows is not None
         rows, described, wide = self.query_rows, self.q_desc, self.space.wide
         if wide is not None:
-            shape = {name: self.shape[name] for name in ("H", "D", "PADDED_H", "TILE_D", "FP8")}
+            shape = {name: self.shape[name] for name in ("H", "D", "PADDED_H", "TILE_D")}
             query = {name: self.query[name] for name in ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd")}
             at = {"first_row": chunk.first_row, "S": self.queries}
-            # It writes what only kernels of earlier chunks have read: all have ended when the last of them has begun.
+            # It writes what only kernels of earlier chunks have read: all have ended when the last one has waited.
             work: dict[str, Any] = query | at | shape | ({"OVERLAP": int(AHEAD)} if self.widened_ahead else {})
             self.launch(widen_queries_kernel, chunk.rows, Launch(1, 4), **work, wide_ptr=wide)
             rows, described = QueryRows(0, wide.shape[1], 0), self.space.wide_desc

@@ -5,7 +5,8 @@ the next one's programs come as this one's leave; they wait, with code and argum
 
 Programs of a kernel that all find a place at once, as in decoding, let the next one come while they run
 (griddepcontrol.launch_dependents): its launch is over when they are.  Those of larger kernels do not: programs that
-wait would hold the places of those that work, which costs more than it gains (docs/kernels.md, "Tried").
+wait would hold the places of those that work, which costs more than it gains (docs/kernels.md, "Tried").  The one that
+a kernel follows which needs nothing of it does: there the next programs work.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BESIDE = tl.constexpr(3)
 
 @triton.jit
 def wait_for_kernel_before(OVERLAP: tl.constexpr):
-    """What every program of every kernel does first: nothing is read, and nothing written, before it.
+    """What every program of every kernel that is not AHEAD does first: nothing is read, nothing written, before it.
 
     Every one, since a kernel knows by it that the one before it has ended, not the one before that.  Only then is the
     next one let in, so that all before this one have ended when its programs begin.
@@ -39,7 +40,9 @@ def wait_for_kernel_before(OVERLAP: tl.constexpr):
 def wait_at_the_end(OVERLAP: tl.constexpr):
     """What a kernel that may be AHEAD does last, so that the next one still knows what has ended.
 
-    The one before it must be BESIDE, or come in no programmatic launch: else what is before that may still run.
+    The one before it must be of the same call: each program of that waits before it leaves or lets others in, so what
+    is before it has ended when this one begins.  That this was made visible to it is promised of the wait alone: what
+    is read before is read past the L1 cache, which might hold what was there before.
     """
     if OVERLAP == AHEAD:
         cuda.gdc_wait()
