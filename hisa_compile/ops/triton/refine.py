@@ -125,6 +125,12 @@ def refine_by_block_kernel(
 _LISTED = tl.constexpr(32)
 
 
+@triton.jit
+def _listed_blocks(kept_ptr, slot, block_topk):
+    """The kept blocks of a row in these slots, 0 past the last one that there may be."""
+    return tl.load(kept_ptr + slot, mask=slot < block_topk, other=0)
+
+
 @triton.jit(
     do_not_specialize=["first_row", "groups", "group_columns", "S", "T", "block_topk"],
     do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr"],
@@ -159,12 +165,21 @@ def refine_by_row_kernel(
     group = tl.program_id(0) % groups
     _, batch, query_index = row_coordinates(first_row, row, S)
     start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
+    # A tile of one block has its number from a register: keys whose place is read from memory a moment before are
+    # copied one tile ahead at best, however many stages there are.
+    ONE_BLOCK: tl.constexpr = kept_ptr is not None and BLOCK_SIZE % TILE == 0
+    STEP: tl.constexpr = _LISTED * TILE if ONE_BLOCK else 2**30
+    near = tl.arange(0, _LISTED)
     if kept_ptr is not None:
         low = group * group_columns
         high = tl.load(kept_count_ptr + row) * BLOCK_SIZE
+        kept_ptr += row.to(tl.int64) * block_topk
     else:
         low = tl.maximum(group * group_columns, start.to(tl.int32) // TILE * TILE)
         high = end.to(tl.int32)
+    if ONE_BLOCK:
+        # Not after their number: both loads are under way at once.
+        blocks = _listed_blocks(kept_ptr, low // BLOCK_SIZE + near, block_topk)
     high = tl.minimum(high, (group + 1) * group_columns)
     if low < high:
         q_ptr += batch * q_sb + query_index * q_ss
@@ -178,27 +193,16 @@ def refine_by_row_kernel(
             k_segment_ptr += batch * k_segment_sb
         query = load_query(q_ptr, q_sh, q_sd, 0, H, D, PADDED_H, TILE_D, FP8)
         weights = load_weights(w_ptr + row.to(tl.int64) * w_sr, H, PADDED_H)
-        # A tile of one block has its number from a register: keys whose place is read from memory a moment before are
-        # copied one tile ahead at best, however many stages there are.
-        ONE_BLOCK: tl.constexpr = kept_ptr is not None and BLOCK_SIZE % TILE == 0
-        STEP: tl.constexpr = _LISTED * TILE if ONE_BLOCK else 2**30
-        near = tl.arange(0, _LISTED)
         for first in range(low, high, STEP):
-            first_slot = first // BLOCK_SIZE
-            if ONE_BLOCK:
-                slot = first_slot + near
-                blocks = tl.load(
-                    kept_ptr + row.to(tl.int64) * block_topk + slot, mask=slot * BLOCK_SIZE < high, other=0
-                )
             for base in tl.range(first, first + tl.minimum(high - first, STEP), TILE, num_stages=STAGES):
                 column = base + tl.arange(0, TILE)
                 token = column.to(tl.int64)
                 if ONE_BLOCK:
-                    block = tl.sum(tl.where(near == base // BLOCK_SIZE - first_slot, blocks, 0), axis=0)
+                    here = near == base // BLOCK_SIZE - first // BLOCK_SIZE
+                    block = tl.sum(tl.where(here, blocks, 0), axis=0)
                     token = block.to(tl.int64) * BLOCK_SIZE + column % BLOCK_SIZE
                 elif kept_ptr is not None:
-                    slot = row.to(tl.int64) * block_topk + column // BLOCK_SIZE
-                    block = tl.load(kept_ptr + slot, mask=column < high, other=0)
+                    block = tl.load(kept_ptr + column // BLOCK_SIZE, mask=column < high, other=0)
                     token = block.to(tl.int64) * BLOCK_SIZE + column % BLOCK_SIZE
                 visible = visible_tokens(
                     token, start, end, valid_ptr, valid_st, mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
@@ -212,3 +216,5 @@ def refine_by_row_kernel(
                 )  # fmt: skip
                 bits = score_bits(scores, visible)
                 tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column, bits, mask=column < pitch)
+            if ONE_BLOCK:
+                blocks = _listed_blocks(kept_ptr, (first + STEP) // BLOCK_SIZE + near, block_topk)

@@ -59,10 +59,10 @@ def select_blocks_kernel(
     """The coarse filter, one program a row: at most block_topk blocks, the first and last eligible one among them.
 
     kept_ptr int32 [rows, block_topk] gets their numbers ascending (so that candidates lie in the order of their
-    positions), kept_count_ptr int32 [rows] how many there are, both or neither; kept_flag_ptr int8 [rows, M] which
-    blocks they are, as far as the row's window touches them.  What lies past the row's count is not written.  With
-    counts_ptr int32 [batches * M] every kept block counts its row there, and rank_ptr int32 [rows, block_topk] gets the
-    count before.
+    positions) and 0 behind them, kept_count_ptr int32 [rows] how many there are, both or neither; kept_flag_ptr int8
+    [rows, M] which blocks they are, as far as the row's window touches them.  With counts_ptr int32 [batches * M] every
+    kept block counts its row there, and rank_ptr int32 [rows, block_topk] gets the count before, as far as there are
+    kept blocks.
     """
     wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0)
@@ -120,6 +120,10 @@ def select_blocks_kernel(
     kept += always
     if kept_ptr is not None:
         tl.store(kept_count_ptr + row, kept)
+        # Read before it is known how many there are.
+        for first_slot in range(kept // SLOTS * SLOTS, block_topk, SLOTS):
+            slot = first_slot + tl.arange(0, SLOTS)
+            tl.store(kept_ptr + slot, slot * 0, mask=(slot >= kept) & (slot < block_topk))
     if counts_ptr is not None:
         tl.debug_barrier()
         for first_slot in range(0, kept, SLOTS):
