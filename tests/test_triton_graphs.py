@@ -26,7 +26,7 @@ from triton_cases import (
 
 import hisa_compile
 from hisa_compile.ops import Budget, Visibility
-from hisa_compile.ops.triton import launch, launch_pool
+from hisa_compile.ops.triton import gpu, launch, launch_pool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU")]
 
@@ -125,6 +125,40 @@ def test_a_graph_of_any_shape_replays_on_other_inputs(shape: Any, dtype: torch.d
             graph.replay()
             torch.cuda.synchronize()
             assert_equal(captured, expected)
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+def test_queries_are_rewritten_just_before_each_call(graphed: bool) -> None:
+    """What widens queries does not wait for the kernel before it, which pools few blocks here and has done soon."""
+    case = gaussian_case(1, 512, 2560, 64, 128, FP8, 3, topk=256, block_size=128, block_topk=4)
+    case |= {"k_scale": torch.rand(1, 2560, device=DEVICE), "coarse": "paper"}
+    queries = [torch.randn(1, 512, 64, 128, device=DEVICE).to(FP8) for _ in range(4)]
+    with launched() as kernels:
+        expected = [run(case | {"q": q}) for q in queries]
+    assert ("widen_queries_kernel" in [kernel.__name__ for kernel in kernels]) == gpu.is_hopper(case["q"])
+    static = case | {"q": queries[0].clone()}
+
+    def every() -> list[tuple[Tensor, ...]]:
+        found = []
+        for q in queries:
+            static["q"].copy_(q)
+            found.append(call(static))
+        return found
+
+    first = every()
+    torch.cuda.synchronize()
+    if graphed:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            first = every()
+    for _ in range(50):
+        if graphed:
+            graph.replay()
+        else:
+            first = every()
+    torch.cuda.synchronize()
+    for found, wanted in zip(first, expected, strict=True):
+        assert_equal(found, wanted)
 
 
 @pytest.mark.parametrize("shape", [prefill, spread, probe, decode, flat], ids=lambda shape: shape.__name__)
