@@ -150,10 +150,10 @@ def test_every_kernel_compiles_at_the_papers_sizes(
 ) -> None:
     """H = 64, D = 128, topk = 2048, B = 128, m = 64, a query and many, within the architecture's shared memory."""
     one, many = record(monkeypatch, dtype, arch), record(monkeypatch, dtype, arch, queries=1024)
-    assert len(one) == 8
+    assert len(one) == 7
     # Queries in float8 are widened for the coarse kernel of sm_90.
     widened = arch == "sm_90" and dtype == torch.float8_e4m3fn
-    assert len(many) == (8 if dtype == torch.float32 else 10 + widened)
+    assert len(many) == (7 if dtype == torch.float32 else 9 + widened)
     known = {kernel for kernel, *_ in one}
     check(one + [recorded for recorded in many if recorded[0] not in known], arch)
 
@@ -178,7 +178,7 @@ def test_kernels_wait_and_those_that_run_at_once_let_the_next_one_in(
         for access in ("ld.global", "st.global", "cp.async", "atom.", "red."):
             assert access not in before, name
     if arch == "sm_90":
-        assert few == (7 if queries == 1 else 2), "pooling has more programs; lists of pairs are small kernels too"
+        assert few == (6 if queries == 1 else 2), "pooling has more programs; lists of pairs are small kernels too"
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -408,7 +408,8 @@ def test_every_kernel_sums_heads_in_the_same_order(
     budget = Budget(block_size, 8192 // block_size)
     layouts: dict[str, str] = {}
     for queries in (1, 1024):
-        for kernel, *rest in record(monkeypatch, dtype, arch, heads=heads, budget=budget, queries=queries):
+        # With so many to select a row may have to be filled up.
+        for kernel, *rest in record(monkeypatch, dtype, arch, heads=heads, budget=budget, queries=queries, topk=8100):
             if kernel.__name__.startswith(("refine", "fill")):
                 layouts[kernel.__name__] = sum_layout(compile_launch((kernel, *rest), arch))
     assert len(layouts) == 3
@@ -424,7 +425,7 @@ def test_no_launch_configuration_changes_the_order_of_the_sum(monkeypatch: pytes
         rows = {configurations.Shape(name): row for name in configurations.FIELDS if name not in configurations.WIDE}
         monkeypatch.setitem(configurations.TABLE, TARGETS[arch][0].arch, rows)
         for queries in (1, 1024):
-            for kernel, *rest in record(monkeypatch, torch.bfloat16, arch, queries=queries):
+            for kernel, *rest in record(monkeypatch, torch.bfloat16, arch, queries=queries, topk=8100):
                 if kernel.__name__.startswith(("coarse", "refine", "fill")):
                     # One step by row at these sizes, for which more buffers are no use.
                     once = kernel.__name__ in ("fill_kernel", "refine_by_row_kernel")

@@ -45,12 +45,12 @@ tiles = nullcontext if ON_GPU else small_tiles
 by_block = mock.patch.object(config, "FEW_PAIRS", 0)
 HALF_DTYPES = (torch.float16, torch.bfloat16, FP8) if ON_GPU else (torch.float16,)
 
-# regime: block_size, block_topk, topk; of 65536 tokens on a GPU and 96 under the interpreter.  A program holds 8192
+# regime: block_size, block_topk, topk; of 65536 tokens on a GPU and 96 under the interpreter.  A program holds 16384
 # columns, or 16, and sorts 4096, or 8.
 TOKENS = 65536 if ON_GPU else 96
 REGIMES = {
     "pruned": (128, 16, 1000) if ON_GPU else (4, 4, 8),
-    "long rows of candidates": (128, 128, 2048) if ON_GPU else (16, 3, 16),
+    "long rows of candidates": (128, 192, 2048) if ON_GPU else (16, 3, 16),
     "long rows of blocks": (4, 512, 1500) if ON_GPU else (4, 6, 16),
     "every block kept": (128, 512, 2048) if ON_GPU else (16, 6, 7),
     "every block kept, merged": (128, 512, 6000) if ON_GPU else (16, 6, 30),

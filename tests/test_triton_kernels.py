@@ -30,6 +30,7 @@ from triton_cases import (
     check,
     exact_case,
     gaussian_case,
+    launched,
     random_bool,
     random_segments,
     run,
@@ -40,6 +41,7 @@ from triton_cases import (
 
 from hisa_compile.ops import Budget, Visibility, reference
 from hisa_compile.ops.triton import config, gpu, launch, launch_pool
+from hisa_compile.ops.triton.finish import fill_kernel
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
@@ -308,6 +310,24 @@ def test_fill_takes_visible_tokens_with_their_scores_then_hidden_ones() -> None:
     assert torch.equal(scores, every.gather(-1, indices.long()))
     assert (scores[0, 2] == -math.inf).any()
     assert (scores[0, 0] > -math.inf).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"sorted": False}, {"mark_hidden": True, "sorted": False}], ids=str)
+def test_rows_of_short_windows_are_filled_without_a_kernel_where_windows_tell_all(options: Case) -> None:
+    """Kept blocks that a window cuts at both ends: up to 10 tokens are then among the candidates of any row."""
+    windows = [(start, start + length) for start in range(8) for length in (0, 1, 2, 5, 9, 10, 11, 16, 29)]
+    starts, ends = torch.tensor(windows, dtype=torch.int32, device=DEVICE).unbind(-1)
+    case = exact_case(1, len(windows), 40, block_size=4, block_topk=4) | options
+    case |= {"window_start": starts[None], "window_end": ends[None]}
+    for changes, apart in (
+        ({"topk": 10}, False),
+        ({"topk": 11}, True),
+        ({"topk": 14, "block_topk": 10}, False),
+        ({"topk": 10, "key_valid": random_bool((1, 40), 0.9)}, True),
+    ):
+        with launched() as kernels:
+            check(case | changes)
+        assert (fill_kernel in kernels) == apart, changes
 
 
 def test_a_row_that_sees_nothing_is_filled_from_the_left() -> None:

@@ -62,6 +62,7 @@ def test_repeated_launches_are_those_of_a_chunk_of_its_own(
         weights = weights.to(dtype)
     end = torch.full((batch, queries), tokens, dtype=torch.int32)
     scale = torch.ones(batch, tokens) if dtype.itemsize == 1 else None
+    monkeypatch.setattr(config, "SELECT_ROW", 2048)
     monkeypatch.setattr(config, "SELECT_TILE", 2048)
 
     sizes = (

@@ -31,7 +31,7 @@ from hisa_compile.ops.triton.kth import (  # noqa: E402
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
 
 HIDDEN, NAN = int(HIDDEN_KEY.value), int(NAN_KEY.value)
-TILES = (16, 64, 128, 256, 512, 1024, 8192)
+TILES = (16, 64, 128, 256, 512, 1024, 8192, 16384)
 
 
 @triton.jit(do_not_specialize=["K"])

@@ -240,6 +240,7 @@ def small_tiles(workspace: int = 1) -> Iterator[None]:
         "probe_tiles": small_probe,
         "MANY_PROBE_PROGRAMS": 3,
         "SORT_TILE": 8,
+        "SELECT_ROW": 16,
         "SELECT_TILE": 16,
         "SCAN_TILE": 16,
         "PAIR_TILE": 4,

@@ -46,7 +46,7 @@ WIDE = ("select_blocks", "select_tokens", "sort")
 # Those whose registers go by the tokens of a tile: a product of 64 takes half of what one of 128 does.
 TILED = ("refine_by_block_hopper",)
 # Entries of a row, or of a tile of one, at most; the last class has all that are longer, too.
-WIDTHS = (512, 1024, 2048, 4096, 8192, 16384)
+WIDTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 ITEM_SIZES, DIMS = (1, 2, 4), (16, 32, 64, 128, 256)
 
 
@@ -123,6 +123,7 @@ _ANYWHERE: Rows = {
     Shape("select_tokens", width=512): Configuration(num_warps=1),
     Shape("select_tokens", width=1024): Configuration(num_warps=4),
     Shape("select_tokens", width=2048): Configuration(num_warps=4),
+    Shape("select_tokens", width=16384): Configuration(num_warps=8, maxnreg=128),
     Shape("sort"): Configuration(num_warps=8),
 }
 

@@ -3,7 +3,8 @@
 Where rows are put in order, a row of the outputs holds until then, in any order, positions (-1 - position for hidden
 tokens) and the rank keys of the scores; where they are not (FINAL), the outputs themselves.
 
-Filling takes 2 microseconds where no row needs it.  Sorting 2048 entries a row, 1024 rows, takes 300: Triton's
+Where windows alone hide tokens the selection fills rows itself, by :func:`fill_outside_window`.  Else filling takes 2
+microseconds where no row needs it.  Sorting 2048 entries a row, 1024 rows, takes 300: Triton's
 bitonic sort of 64-bit entries, 66 exchanges of each; the floor is 16 MiB read and written, 11 (an H100,
 docs/kernels.md).
 """
@@ -18,6 +19,32 @@ from .operands import load_factor
 from .overlap import wait_for_kernel_before
 from .score import load_query, load_weights, score_tile
 from .visible import row_coordinates, row_segment, row_window, visible_tokens
+
+
+@triton.jit
+def _store_hidden(indices_ptr, keys_ptr, slot, token, wanted, FINAL: tl.constexpr, MARK_HIDDEN: tl.constexpr):
+    """Hidden tokens into these slots of a row."""
+    key = tl.full(slot.shape, float("-inf"), tl.float32)
+    key = key.to(tl.int32, bitcast=True) if FINAL else rank_key(key)
+    index = -1 - token
+    if FINAL:
+        index = token * 0 - 1 if MARK_HIDDEN else token
+    tl.store(indices_ptr + slot, index.to(tl.int32), mask=wanted)
+    tl.store(keys_ptr + slot, key, mask=wanted)
+
+
+@triton.jit
+def fill_outside_window(
+    indices_ptr, keys_ptr, have, start, end, K,
+    STEP: tl.constexpr, FINAL: tl.constexpr, MARK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Fill up a row that has every token of its window, which alone says what is visible, with those before and then
+    those behind the window."""
+    for base in range(have, K, STEP):
+        slot = base + tl.arange(0, STEP)
+        token = (slot - have).to(tl.int64)
+        token = tl.where(token < start, token, end + (token - start))
+        _store_hidden(indices_ptr, keys_ptr, slot, token, slot < K, FINAL, MARK_HIDDEN)
 
 
 @triton.jit(
@@ -45,6 +72,8 @@ def fill_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Fill up rows whose visible candidates were fewer than K, one program a row; the others leave at once.
+
+    Not launched where windows alone hide tokens and kept blocks hold enough, see ``launch._Call``.
 
     First with visible tokens outside the kept blocks, with their own scores, then with hidden tokens, both lowest
     position first.  indices_ptr and keys_ptr are int32 [B * S, K], as :func:`.select.select_tokens_kernel` left them.
@@ -98,8 +127,6 @@ def fill_kernel(
                         have += found
                     token_base += TILE
 
-        hidden_key = tl.full([SCAN], float("-inf"), tl.float32)
-        hidden_key = hidden_key.to(tl.int32, bitcast=True) if FINAL else rank_key(hidden_key)
         hidden_base = start * 0
         while (hidden_base < T) & (have < K):
             token = hidden_base + tl.arange(0, SCAN)
@@ -108,12 +135,7 @@ def fill_kernel(
             )
             hidden = (token < T) & (visible == 0)
             slot = have + tl.cumsum(hidden.to(tl.int32), axis=0) - 1
-            wanted = hidden & (slot < K)
-            index = -1 - token
-            if FINAL:
-                index = token * 0 - 1 if MARK_HIDDEN else token
-            tl.store(indices_ptr + output + slot, index.to(tl.int32), mask=wanted)
-            tl.store(keys_ptr + output + slot, hidden_key, mask=wanted)
+            _store_hidden(indices_ptr + output, keys_ptr + output, slot, token, hidden & (slot < K), FINAL, MARK_HIDDEN)
             have += tl.sum(hidden.to(tl.int32), axis=0)
             hidden_base += SCAN
 

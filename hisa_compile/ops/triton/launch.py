@@ -4,9 +4,9 @@ Queries are rows r = b * S + s.  Block means, if blocks go by them, are made onc
 
     scores of blocks -> kept blocks -> (pairs by block) -> token scores -> selection -> fill -> order
 
-(the first three only where not every block is kept).  A chunk is as many rows as the workspace allows, whatever S
-and T are, and nothing here waits for the device: chunks depend on shapes only, so the whole can be captured in a
-CUDA graph.
+(the first three only where not every block is kept, the fill where selection cannot know what else is hidden).  A chunk
+is as many rows as the workspace allows, whatever S and T are, and nothing here waits for the device: chunks depend on
+shapes only, so the whole can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ class _Call:
         if self.query_rows is not None:
             self.q_desc = describe(q, self.query_rows, tiles.padded_heads, tiles.tile_dim)
         of_probe = torch.float16 if fp8 == FP8_BITS else self.dtype
-        self.space = Workspace(self.plan, heads, self.dim, self.wide, of_probe, self.empty)
+        filled_apart = not (windows_only and self.plan.window_suffices)
+        self.space = Workspace(self.plan, heads, self.dim, self.wide, of_probe, filled_apart, self.empty)
 
     def run(self) -> None:
         ranked = self.plan.by_means
@@ -421,7 +422,7 @@ class _Call:
         how = config.select_launch("select_tokens", self.plan.columns, self.architecture)
         of_rows = self.window | at | {"token_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch}
         of_rows |= {"kept_count_ptr": self.space.kept["kept_count_ptr"], "BLOCK_SIZE": self.block_size}
-        of_rows |= {"TILE": min(power_of_2(self.plan.columns), config.SELECT_TILE)}
+        of_rows |= {"TILE": power_of_2(self.plan.columns) if self.plan.one_tile else config.SELECT_TILE}
         step = {"STEP": min(power_of_2(self.plan.segments), config.SCAN_TILE)}
         if not self.plan.one_tile:
             sample = min(config.LONG_SAMPLE, of_rows["TILE"])
@@ -451,18 +452,16 @@ class _Call:
             K=self.width,
             K_TILE=min(power_of_2(self.width), config.EMIT_TILE),
             FINAL=not self.sorted,
+            MARK_HIDDEN=self.mark_hidden,
             ONE_TILE=self.plan.one_tile,
         )
+        if self.space.selected_count is None:
+            return
         self.launch(
             fill_kernel,
             chunk.rows,
             Launch(1, self.plan.tiles.num_warps),
-            **self.query,
-            **self.keys,
-            **self.seen,
-            **self.outputs,
-            **at,
-            **self.shape,
+            **(self.query | self.keys | self.seen | self.outputs | at | self.shape),
             kept_count_ptr=self.space.kept["kept_count_ptr"],
             kept_flag_ptr=self.space.kept_flag,
             selected_count_ptr=self.space.selected_count,

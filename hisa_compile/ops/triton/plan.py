@@ -70,6 +70,8 @@ class Plan:
     tiles, probe_tiles: shapes of the products.
     columns, pitch: candidates of a row, and the length of a row of scores in memory, a multiple of 16.
     one_tile: a row's candidates fit the registers of the program that selects among them.
+    window_suffices: where windows alone hide tokens, a row has as many candidates as are to be selected, or its whole
+        window.
     segments: how many programs a longer row is spread over, see :mod:`.long_rows`.
     sort_tile, sort_tiles, merged: how rows are put in order; a row of several tiles is merged.
     chunks: the rows in chunks; the workspace holds one.
@@ -103,7 +105,9 @@ class Plan:
         self.tiles = config.score_tiles(heads, dim, dtype, block_size)
         self.probe_tiles = config.probe_tiles(dim, dtype, block_size)
         self.columns = budget.candidates if self.prune else tokens
-        self.one_tile = self.columns <= config.SELECT_TILE
+        self.one_tile = self.columns <= config.SELECT_ROW
+        # Kept blocks lie whole in the window but for the first and the last, which have at least a token there.
+        self.window_suffices = not self.prune or width <= (block_topk - 2) * block_size + 2
         self.segments = cdiv(self.columns, config.SELECT_TILE)
         self.sort_tile = min(power_of_2(width), config.SORT_TILE)
         self.sort_tiles = cdiv(width, self.sort_tile)

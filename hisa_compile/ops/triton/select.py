@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .finish import fill_outside_window
 from .keys import HIDDEN_BITS, HIDDEN_KEY, stored_key
 from .kth import (
     are_taken,
@@ -141,14 +142,14 @@ def select_tokens_kernel(
     indices_ptr, keys_ptr, selected_count_ptr,
     first_row, S, T, pitch, block_topk, K, segments,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, ONE_TILE: tl.constexpr, K_TILE: tl.constexpr, FINAL: tl.constexpr,
-    STEP: tl.constexpr,
+    MARK_HIDDEN: tl.constexpr, STEP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The top K of a row's candidates, one program a row, columns as :mod:`.refine` defines them.
 
     indices_ptr and keys_ptr, int32 [B * S, K], get the selected positions, ascending, and their rank keys, or, FINAL,
     the bits of their scores; selected_count_ptr int32 [rows] how many there are, less than K where the row has fewer
-    visible candidates.
+    visible candidates.  Where it is None such a row is filled up here, from outside its window.
 
     A row of more than TILE columns: candidates_ptr and counts_ptr are those of :mod:`.long_rows`, and the best of the
     listed columns are selected; where its guess was wrong the row is read again for every step.
@@ -190,7 +191,12 @@ def select_tokens_kernel(
                 store_selected(indices_ptr + selected, base, keys, threshold, ties, one, TILE)
                 taken, ties = count_taken(keys, threshold, ties, one)
                 selected += taken
-    tl.store(selected_count_ptr + row, selected)
+    if selected_count_ptr is not None:
+        tl.store(selected_count_ptr + row, selected)
+    elif selected < K:
+        _, batch, query_index = row_coordinates(first_row, row, S)
+        start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
+        fill_outside_window(indices_ptr, keys_ptr, selected, start, end, K, K_TILE, FINAL, MARK_HIDDEN)
 
     tl.debug_barrier()
     for first_entry in range(0, selected, K_TILE):

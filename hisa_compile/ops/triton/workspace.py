@@ -18,6 +18,7 @@ class Workspace:
 
     score_bits int32 [rows, pitch]: scores of outer blocks, then of the probe's sample, of blocks, of candidates, as
         :func:`.keys.score_bits` says.
+    selected_count: of the best tokens of each row, where a kernel of its own fills rows up.
     kept, kept_flag: the kept blocks, see :func:`.select.select_blocks_kernel`; none where every block is kept.
     counts, rank, pairs, items: the pairs by block, see :mod:`.group`, where they are listed.
     candidates, guess, column_counts: of rows too long for one program, see :mod:`.long_rows`.
@@ -37,13 +38,14 @@ class Workspace:
         dim: int,
         wide: torch.dtype | None,
         probe: torch.dtype,
+        filled_apart: bool,
         empty: Callable[..., Tensor],
     ) -> None:
         rows = plan.chunks[0].rows
         lists = plan.chunks[0].batches * plan.blocks
 
         self.score_bits = empty(rows, plan.pitch)
-        self.selected_count = empty(rows)
+        self.selected_count = empty(rows) if filled_apart else None
         self.kept: dict[str, Tensor | None] = {"kept_ptr": None, "kept_count_ptr": None}
         self.items: dict[str, Tensor | None] = {"items_ptr": None, "item_count_ptr": None, "offsets_ptr": None}
         self.kept_flag: Tensor | None = None
