@@ -110,7 +110,7 @@ def test_rows_of_the_field() -> None:
         for columns, expected in ((64, (1, None)), (512, (1, None)), (513, (4, None)), (2048, (4, None))):
             assert config.select_launch("select_blocks", columns, architecture)[1:3] == expected
         for columns in (2049, 8192, 65536):
-            assert config.select_launch("select_tokens", columns, architecture)[1:3] == (8, 80)
+            assert config.select_launch("select_tokens", columns, architecture)[1:3] == (8, 128)
         assert [config.sort_launch(2**n, architecture).num_warps for n in (0, 9, 11, 12)] == [8, 8, 8, 8]
 
 
@@ -173,8 +173,8 @@ def test_rows_with_spreads_leave_no_room_for_wide_queries() -> None:
 
 
 def test_width_classes() -> None:
-    assert [configurations.width_class(n) for n in (1, 512, 513, 8192, 8193, 16384, 10**6)] == [
-        512, 512, 1024, 8192, 16384, 16384, 16384,
+    assert [configurations.width_class(n) for n in (1, 512, 513, 8192, 8193, 16384, 16385, 10**6)] == [
+        512, 512, 1024, 8192, 16384, 16384, 32768, 32768,
     ]  # fmt: skip
 
 

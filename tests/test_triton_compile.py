@@ -370,8 +370,10 @@ def test_tensors_that_are_not_given_are_not_loaded(monkeypatch: pytest.MonkeyPat
     """Each given tensor adds loads to the kernels that use it; absent ones leave nothing but unused arguments."""
 
     def loads(**optional: Tensor) -> dict[str, int]:
-        launches = record(monkeypatch, torch.bfloat16, "sm_90", optional=optional, sorted=False)
-        launches += record(monkeypatch, torch.bfloat16, "sm_90", optional=optional, queries=1024, sorted=False)
+        launches = record(monkeypatch, torch.bfloat16, "sm_90", optional=optional, sorted=False, topk=8100)
+        launches += record(
+            monkeypatch, torch.bfloat16, "sm_90", optional=optional, queries=1024, sorted=False, topk=8100
+        )
         compiled = {kernel.__name__: compile_launch((kernel, *rest), "sm_90").asm for kernel, *rest in launches}
         code = {name: asm.get("ttir", asm["ttgir"]) for name, asm in compiled.items()}
         if not optional:

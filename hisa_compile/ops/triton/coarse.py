@@ -67,6 +67,12 @@ def coarse_kernel(
     first_query = (first_row % S).to(tl.int64)
     first = group * group_rows
     last = tl.minimum(first + group_rows, rows_per_batch)
+    column = tile * TILE + tl.arange(0, TILE)
+    exists = column < M
+    block = column.to(tl.int64)
+    mean_ptr = means_ptr + batch * means_sb + block * means_sm
+    # Before it is known whether they are needed: while decoding each load that waits for another one counts.
+    means = load_vectors(mean_ptr, means_sd, exists, 0, D, TILE_D, FP8_NONE)
     low = tile.to(tl.int64) * TILE * BLOCK_SIZE
     touched, _ = group_window(
         tl.arange(0, MOST_ROWS), low, low + TILE * BLOCK_SIZE, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss,
@@ -83,11 +89,6 @@ def coarse_kernel(
             k_segment_ptr += batch * k_segment_sb
             low_ptr += batch * M
             high_ptr += batch * M
-        column = tile * TILE + tl.arange(0, TILE)
-        exists = column < M
-        block = column.to(tl.int64)
-        mean_ptr = means_ptr + batch * means_sb + block * means_sm
-        means = load_vectors(mean_ptr, means_sd, exists, 0, D, TILE_D, FP8_NONE)
         if SPREAD:
             spread_ptr = mean_ptr + tl.full([], D, tl.int64) * means_sd
             spreads = load_vectors(spread_ptr, means_sd, exists, 0, D, TILE_D, FP8_NONE)

@@ -20,7 +20,7 @@ WORKSPACE_BYTES = 58 * 2**20
 PROGRAMS_AT_ONCE = 264
 # Entries that one program sorts; longer rows are sorted in tiles of this size and merged.
 SORT_TILE = 512
-# Rank keys that one program holds in registers while it selects: at most, of a whole row, and of a tile of a longer one.
+# Rank keys that one program holds in registers while it selects: of a whole row at most, and of a longer one's tile.
 SELECT_ROW = 16384
 SELECT_TILE = 8192
 # Columns of a longer row that tell what its best are about, as long as the row has no more than LONG_COLUMNS: beyond

@@ -119,11 +119,10 @@ _ANYWHERE: Rows = {
     Shape("select_blocks", width=512): Configuration(num_warps=1),
     Shape("select_blocks", width=1024): Configuration(num_warps=4),
     Shape("select_blocks", width=2048): Configuration(num_warps=4),
-    Shape("select_tokens"): Configuration(num_warps=8, maxnreg=80),
+    Shape("select_tokens"): Configuration(num_warps=8, maxnreg=128),
     Shape("select_tokens", width=512): Configuration(num_warps=1),
     Shape("select_tokens", width=1024): Configuration(num_warps=4),
     Shape("select_tokens", width=2048): Configuration(num_warps=4),
-    Shape("select_tokens", width=16384): Configuration(num_warps=8, maxnreg=128),
     Shape("sort"): Configuration(num_warps=8),
 }
 

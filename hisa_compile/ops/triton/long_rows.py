@@ -93,7 +93,8 @@ def list_candidates_kernel(
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """candidates_ptr int32 [rows, TILE]: the columns that reach the guess, ascending, where they are at most TILE.
+    """candidates_ptr int32 [rows, 2, TILE]: the columns that reach the guess, ascending, where they are at most TILE,
+    and the bits of their scores, which need not be looked for all over the row again.
 
     Grid (rows * segments).
     """
@@ -101,14 +102,23 @@ def list_candidates_kernel(
     row = tl.program_id(0) // segments
     segment = tl.program_id(0) % segments
     counts_ptr += row.to(tl.int64) * 2 * segments
+    PART: tl.constexpr = TILE // 8 if TILE >= 1024 else TILE
     listed = sum_counts(counts_ptr, segments, STEP) <= TILE
-    if listed & (tl.load(counts_ptr + segment) > 0):
+    count = tl.load(counts_ptr + segment)
+    if listed & (count > 0):
         first, past = row_range(
             start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, kept_count_ptr, first_row, row, S, T, BLOCK_SIZE
         )
-        keys = load_tile_keys(token_scores_ptr + row.to(tl.int64) * pitch, segment * TILE, first, past, TILE)
+        token_scores_ptr += row.to(tl.int64) * pitch
+        keys = load_tile_keys(token_scores_ptr, segment * TILE, first, past, TILE)
         one = one_of(segments)
         guess = tl.load(guess_ptr + row)
-        candidates_ptr += row.to(tl.int64) * TILE + sum_counts(counts_ptr, segment, STEP)
+        candidates_ptr += row.to(tl.int64) * (2 * TILE) + sum_counts(counts_ptr, segment, STEP)
         # What reaches the guess is above one less: no guess is as low as HIDDEN_KEY.
         store_selected(candidates_ptr, segment * TILE, keys, guess - 1, 0, one, TILE)
+        tl.debug_barrier()
+        for first_entry in range(0, count, PART):
+            entry = first_entry + tl.arange(0, PART)
+            column = tl.load(candidates_ptr + entry, mask=entry < count, other=0)
+            bits = tl.load(token_scores_ptr + column, mask=entry < count, other=0)
+            tl.store(candidates_ptr + TILE + entry, bits, mask=entry < count)

@@ -133,8 +133,8 @@ class Plan:
                 lists = cdiv(queries, self.probe_tiles.rows)
                 row_bytes += self.outer.blocks + cdiv(4 * lists * self.outer.blocks, queries) + 4
         if not self.one_tile:
-            # Candidates, the guess, two counts a segment.
-            row_bytes += 4 * config.SELECT_TILE + 4 + 8 * self.segments
+            # Candidates and their scores, the guess, two counts a segment.
+            row_bytes += 8 * config.SELECT_TILE + 4 + 8 * self.segments
         most = max(1, min(config.WORKSPACE_BYTES // row_bytes, _MOST_ROWS))
         self.chunks = list(chunks_of_rows(batch, queries, most))
 

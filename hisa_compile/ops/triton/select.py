@@ -61,9 +61,9 @@ def select_blocks_kernel(
 
     kept_ptr int32 [rows, block_topk] gets their numbers ascending (so that candidates lie in the order of their
     positions) and 0 behind them, kept_count_ptr int32 [rows] how many there are, both or neither; kept_flag_ptr int8
-    [rows, M] which blocks they are, as far as the row's window touches them.  With counts_ptr int32 [batches * M] every
-    kept block counts its row there, and rank_ptr int32 [rows, block_topk] gets the count before, as far as there are
-    kept blocks.
+    [rows, M], where given, which blocks they are, as far as the row's window touches them.  With counts_ptr int32
+    [batches * M] every kept block counts its row there, and rank_ptr int32 [rows, block_topk] gets the count before, as
+    far as there are kept blocks.
     """
     wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0)
@@ -72,7 +72,8 @@ def select_blocks_kernel(
     first_block = (start // BLOCK_SIZE).to(tl.int32)
     past_block = tl.where(start < end, (end + BLOCK_SIZE - 1) // BLOCK_SIZE, 0).to(tl.int32)
     block_scores_ptr += row.to(tl.int64) * pitch
-    kept_flag_ptr += row.to(tl.int64) * M
+    if kept_flag_ptr is not None:
+        kept_flag_ptr += row.to(tl.int64) * M
     if kept_ptr is not None:
         kept_ptr += row.to(tl.int64) * block_topk
     if counts_ptr is not None:
@@ -116,7 +117,8 @@ def select_blocks_kernel(
         taken = (taken | (column == first) | (column == last)) & inside
         if kept_ptr is not None:
             store_columns(kept_ptr + kept, base, place, taken, TILE)
-        tl.store(kept_flag_ptr + column, taken.to(tl.int8), mask=inside)
+        if kept_flag_ptr is not None:
+            tl.store(kept_flag_ptr + column, taken.to(tl.int8), mask=inside)
         kept += count
     kept += always
     if kept_ptr is not None:
@@ -167,20 +169,21 @@ def select_tokens_kernel(
 
     # Selected columns are first written where the positions will be: what comes after is done for these alone.
     one = one_of(K)
+    bits_ptr = token_scores_ptr
     if ONE_TILE:
         keys = load_tile_keys(token_scores_ptr, 0, first, past, TILE)
         threshold, ties, selected = kth_key(keys, K, one)
         store_selected(indices_ptr, 0, keys, threshold, ties, one, TILE)
     else:
-        candidates_ptr += row.to(tl.int64) * TILE
+        candidates_ptr += row.to(tl.int64) * (2 * TILE)
         counts_ptr += row.to(tl.int64) * 2 * segments
         found = sum_counts(counts_ptr, segments, STEP)
         among = (found <= TILE) & (found >= tl.minimum(K, sum_counts(counts_ptr + segments, segments, STEP)))
         selected = row * 0
         if among:
+            bits_ptr = candidates_ptr + TILE
             entry = tile_columns(0, TILE)
-            column = tl.load(candidates_ptr + entry, mask=entry < found, other=0)
-            keys = stored_key(tl.load(token_scores_ptr + column, mask=entry < found, other=HIDDEN_BITS))
+            keys = stored_key(tl.load(candidates_ptr + TILE + entry, mask=entry < found, other=HIDDEN_BITS))
             threshold, ties, selected = kth_key(keys, K, one)
             # Places among the candidates, which the last loop below replaces by the candidates.
             store_selected(indices_ptr, 0, keys, threshold, ties, one, TILE)
@@ -202,12 +205,11 @@ def select_tokens_kernel(
     for first_entry in range(0, selected, K_TILE):
         chosen = first_entry + tl.arange(0, K_TILE)
         wanted = chosen < selected
-        chosen_column = tl.load(indices_ptr + chosen, mask=wanted, other=0)
+        place = tl.load(indices_ptr + chosen, mask=wanted, other=0)
+        bits = tl.load(bits_ptr + place, mask=wanted, other=0)
+        chosen_column = place
         if not ONE_TILE:
-            chosen_column = tl.load(candidates_ptr + chosen_column, mask=wanted & among, other=0) + tl.where(
-                among, 0, chosen_column
-            )
-        bits = tl.load(token_scores_ptr + chosen_column, mask=wanted, other=0)
+            chosen_column = tl.load(candidates_ptr + place, mask=wanted & among, other=0) + tl.where(among, 0, place)
         if kept_ptr is not None:
             # Before the store below, which would wait for the scores: both loads are under way at once.
             block = tl.load(kept_ptr + chosen_column // BLOCK_SIZE, mask=wanted, other=0)

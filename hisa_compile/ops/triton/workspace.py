@@ -19,7 +19,8 @@ class Workspace:
     score_bits int32 [rows, pitch]: scores of outer blocks, then of the probe's sample, of blocks, of candidates, as
         :func:`.keys.score_bits` says.
     selected_count: of the best tokens of each row, where a kernel of its own fills rows up.
-    kept, kept_flag: the kept blocks, see :func:`.select.select_blocks_kernel`; none where every block is kept.
+    kept, kept_flag: the kept blocks, see :func:`.select.select_blocks_kernel`; none where every block is kept, no flags
+        where no kernel of its own fills rows up.
     counts, rank, pairs, items: the pairs by block, see :mod:`.group`, where they are listed.
     candidates, guess, column_counts: of rows too long for one program, see :mod:`.long_rows`.
     packed: of rows sorted in tiles, see :func:`.finish.sort_tiles_kernel`, in the place of score_bits.
@@ -67,7 +68,7 @@ class Workspace:
         self.weights: Tensor | None = None
         if plan.prune:
             self.kept = {"kept_ptr": empty(rows, plan.block_topk), "kept_count_ptr": empty(rows)}
-            self.kept_flag = empty(rows, plan.blocks, dtype=torch.int8)
+            self.kept_flag = empty(rows, plan.blocks, dtype=torch.int8) if filled_apart else None
         if plan.sample is not None:
             self.heads = empty(rows, 2, dim, dtype=probe)
             self.thresholds = empty(rows, 2, dtype=torch.float32)
@@ -86,7 +87,7 @@ class Workspace:
                 "offsets_ptr": empty(lists + 1),
             }
         if not plan.one_tile:
-            self.candidates = empty(rows, config.SELECT_TILE)
+            self.candidates = empty(rows, 2, config.SELECT_TILE)
             self.guess = empty(rows)
             self.column_counts = empty(rows, 2, plan.segments)
         if plan.merged:
