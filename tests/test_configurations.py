@@ -109,8 +109,8 @@ def test_rows_of_the_field() -> None:
         assert {how.stages for how in float32.values()} == {1}
         for columns, expected in ((64, (1, None)), (512, (1, None)), (513, (4, None)), (2048, (4, None))):
             assert config.select_launch("select_blocks", columns, architecture)[1:3] == expected
-        for columns in (2049, 8192, 65536):
-            assert config.select_launch("select_tokens", columns, architecture)[1:3] == (8, 128)
+        for columns, registers in ((2049, 128), (8192, 128), (16384, 128), (16385, 80), (65536, 80)):
+            assert config.select_launch("select_tokens", columns, architecture)[1:3] == (8, registers)
         assert [config.sort_launch(2**n, architecture).num_warps for n in (0, 9, 11, 12)] == [8, 8, 8, 8]
 
 

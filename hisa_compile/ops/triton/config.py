@@ -16,8 +16,6 @@ from .sizes import power_of_2
 # Everything the operator allocates besides its outputs stays below this, but for what is linear in the number of keys
 # (block means, the last-valid table, bounds of segments, lists of pairs) and the least that a single row needs.
 WORKSPACE_BYTES = 58 * 2**20
-# Of most kernels, two on each of the 132 multiprocessors of an H100: up to that many let the next kernel in early.
-PROGRAMS_AT_ONCE = 264
 # Entries that one program sorts; longer rows are sorted in tiles of this size and merged.
 SORT_TILE = 512
 # Rank keys that one program holds in registers while it selects: of a whole row at most, and of a longer one's tile.

@@ -123,6 +123,8 @@ _ANYWHERE: Rows = {
     Shape("select_tokens", width=512): Configuration(num_warps=1),
     Shape("select_tokens", width=1024): Configuration(num_warps=4),
     Shape("select_tokens", width=2048): Configuration(num_warps=4),
+    # Reading rows for many programs, which wants many threads at once.
+    Shape("select_tokens", width=32768): Configuration(num_warps=8, maxnreg=80),
     Shape("sort"): Configuration(num_warps=8),
 }
 

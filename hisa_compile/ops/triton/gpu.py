@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import config
 from .config import Launch
 from .configurations import DEFAULT, Architecture
 from .operands import FP8_BITS, FP8_NATIVE, FP8_NONE
-from .overlap import AFTER, APART, BESIDE
+from .overlap import AFTER, APART
 
 
 def fp8_mode(q: Tensor) -> int:
@@ -44,11 +43,9 @@ def is_hopper(q: Tensor) -> bool:
     return architecture(q) == 90
 
 
-def overlap(here: Architecture, programs: int) -> int:
-    """How a kernel of so many programs stands to those before and after it, see :mod:`.overlap`."""
-    if not isinstance(here, int) or here < 90:
-        return int(APART)
-    return int(BESIDE if programs <= config.PROGRAMS_AT_ONCE else AFTER)
+def overlap(here: Architecture) -> int:
+    """How most kernels stand to those before and after them, see :mod:`.overlap`."""
+    return int(AFTER if isinstance(here, int) and here >= 90 else APART)
 
 
 def launch_options(how: Launch, hip: bool) -> dict[str, int]:

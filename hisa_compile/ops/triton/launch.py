@@ -215,7 +215,7 @@ class _Call:
 
     def launch(self, kernel: Any, programs: int, how: Launch, **arguments: Any) -> None:
         """A launch of a stage; of the first chunk's, those after it repeat it."""
-        arguments.setdefault("OVERLAP", gpu.overlap(self.architecture, programs))
+        arguments.setdefault("OVERLAP", gpu.overlap(self.architecture))
         compiled = gpu.launch(kernel, programs, how, **arguments)
         known = self.repeats or self.record is not None
         one = gpu.Repeatable(compiled, kernel, programs, arguments) if known and compiled is not None else None

@@ -36,7 +36,7 @@ def pool_keys_triton(
         arguments |= gpu.strided("k_segment", None, "bt") | {"last_valid_ptr": None, "low_ptr": None, "high_ptr": None}
         with torch.cuda.device_of(k):
             arguments["means_ptr"] = means
-            launch = functools.partial(gpu.launch, OVERLAP=gpu.overlap(gpu.architecture(k), batch * means.shape[1]))
+            launch = functools.partial(gpu.launch, OVERLAP=gpu.overlap(gpu.architecture(k)))
             launch_pool(launch, arguments, batch, tokens, dim, block_size, fp8, spread)
     return means
 

@@ -16,11 +16,14 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 # How a kernel is launched: when the one before it has ended; needing nothing of the one before it, and so with it; when
-# the programs of the one before it leave; and so besides that the next one may be brought while it runs.
+# the programs of the one before it leave; and so besides that the next one may be brought while it runs, however many
+# its programs are.
 APART = tl.constexpr(0)
 AHEAD = tl.constexpr(1)
 AFTER = tl.constexpr(2)
 BESIDE = tl.constexpr(3)
+# Of most kernels two on each of the 132 multiprocessors of an H100.
+_AT_ONCE = tl.constexpr(264)
 
 
 @triton.jit
@@ -32,8 +35,12 @@ def wait_for_kernel_before(OVERLAP: tl.constexpr):
     """
     if OVERLAP >= AFTER:
         cuda.gdc_wait()
+    # Their number is asked here, not by who launches: it is no reason to compile a kernel twice.
     if OVERLAP == BESIDE:
         cuda.gdc_launch_dependents()
+    elif OVERLAP == AFTER:  # noqa: SIM102 -- known when it is compiled, unlike the other
+        if tl.num_programs(0) <= _AT_ONCE:
+            cuda.gdc_launch_dependents()
 
 
 @triton.jit

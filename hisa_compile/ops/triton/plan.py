@@ -38,10 +38,14 @@ class Level(NamedTuple):
     blocks: int
 
 
-def chunks_of_rows(batch: int, queries: int, most: int) -> Iterator[Chunk]:
-    """All rows in chunks of at most ``most``, the first of them the largest."""
+def chunks_of_rows(batch: int, queries: int, most: int, group: int = 1) -> Iterator[Chunk]:
+    """All rows in chunks of at most ``most``, the first of them the largest; parts of a batch are whole groups of
+    ``group`` rows as far as that is possible.
+    """
     if queries > most:
         rows = cdiv(queries, cdiv(queries, most))
+        if group <= most:
+            rows = min(group * cdiv(rows, group), group * (most // group))
         for b in range(batch):
             for s in range(0, queries, rows):
                 here = min(rows, queries - s)
@@ -136,7 +140,8 @@ class Plan:
             # Candidates and their scores, the guess, two counts a segment.
             row_bytes += 8 * config.SELECT_TILE + 4 + 8 * self.segments
         most = max(1, min(config.WORKSPACE_BYTES // row_bytes, _MOST_ROWS))
-        self.chunks = list(chunks_of_rows(batch, queries, most))
+        # Past a tile of keys rows go in groups, where there are no lists of pairs.
+        self.chunks = list(chunks_of_rows(batch, queries, most, 1 if self.prune else config.MOST_ROWS))
 
         rows = self.chunks[0].of_batch
         self.by_block = (
