@@ -11,8 +11,8 @@ of an H100 if nothing else happens, in float8; what comes on top is what this ke
 - each thread ends with one score, which takes a fourth of the instructions for its bits and its place;
 - 128 registers a thread in float8, so that four programs share a multiprocessor and one adds up while others multiply.
 
-Floor of the refinement: 2 * S * m * B * H * D operations, 137 GFLOP for 1024 queries, 100 microseconds at the 1379
-TFLOP/s of a large float8 product; it takes 157, and products with sums alone 146 (docs/kernels.md).
+Floor of the refinement: 2 * S * m * B * H * D operations, 137 GFLOP for 1024 queries, 96 microseconds at the 1424
+TFLOP/s of a large float8 product; it takes 154, and products with sums alone 146 (docs/kernels.md).
 
 The bits are those of :mod:`.refine` and :mod:`.coarse`: what works on layouts that are given already is called from
 the same modules, what makes layouts has to say which, and so is written here.
