@@ -121,6 +121,8 @@ CASES: dict[str, tuple[Sizes, torch.dtype, dict[str, Any]]] = {
     "long rows, ties": (LONG._replace(topk=300), torch.bfloat16, {"ties": True}),
     "long rows of blocks": (LONG._replace(tokens=9000, topk=50, block_size=1, block_topk=64), torch.float16, {}),
     "long rows of candidates": (LONG._replace(topk=300, block_topk=130), FP8, {}),
+    "windows of less than topk": (BY_BLOCK, torch.bfloat16, {"short": True, "sorted": False, "mark_hidden": True}),
+    "windows of less than topk, every block kept": (ALL_KEPT, torch.float16, {"short": True}),
     "rows that have to be filled": (BY_BLOCK._replace(topk=300), torch.float16, {"everything": True}),
 }
 
@@ -139,6 +141,8 @@ def make(sizes: Sizes, dtype: torch.dtype, how: dict[str, Any]) -> Case:
     row = torch.arange(batch * queries, dtype=torch.int32).view(batch, queries)
     case["window_start"] = (5 * row - 9).to(DEVICE)
     case["window_end"] = (tokens - 3 * row).to(DEVICE)
+    if how.get("short"):
+        case["window_end"] = case["window_start"] + row.to(DEVICE)
     if how.get("ties"):
         case["q"] = case["q"].cpu().float().abs().to(dtype).to(DEVICE)
         case["k"] = (-case["k"].cpu().float().abs()).to(dtype).to(DEVICE)

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
@@ -33,7 +35,7 @@ from hisa_compile.ops.triton.configurations import (  # noqa: E402
     Shape,
     lookup,
 )
-from hisa_compile.ops.triton.plan import Plan  # noqa: E402
+from hisa_compile.ops.triton.plan import Plan, chunks_of_rows  # noqa: E402
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, FP8)
@@ -176,6 +178,28 @@ def test_width_classes() -> None:
     assert [configurations.width_class(n) for n in (1, 512, 513, 8192, 8193, 16384, 16385, 10**6)] == [
         512, 512, 1024, 8192, 16384, 16384, 32768, 32768,
     ]  # fmt: skip
+
+
+@given(
+    batch=st.integers(1, 5),
+    queries=st.integers(1, 400),
+    most=st.integers(1, 500),
+    group=st.sampled_from([1, 4, 32]),
+)
+def test_chunks_hold_all_rows_in_order(batch: int, queries: int, most: int, group: int) -> None:
+    """The first is the largest; what is part of a batch is whole groups, but for a batch's last rows."""
+    chunks = list(chunks_of_rows(batch, queries, most, group))
+    rows = [row for chunk in chunks for row in range(chunk.first_row, chunk.first_row + chunk.rows)]
+    assert rows == list(range(batch * queries))
+    assert max(chunk.rows for chunk in chunks) == chunks[0].rows <= most
+    for chunk in chunks:
+        if queries <= most:
+            assert chunk.of_batch == queries
+            assert chunk.first_row % queries == 0
+        else:
+            assert chunk.batches == 1
+            last = (chunk.first_row + chunk.rows) % queries == 0
+            assert last or group > most or chunk.rows % group == 0
 
 
 def test_the_architecture_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

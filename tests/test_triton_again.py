@@ -68,7 +68,7 @@ MORE: dict[str, Given] = {
     "two levels": {"coarse": "two-level", "block_size": 64, "block_topk": 16},
     "unsorted": {"coarse": "paper", "sorted": False, "mark_hidden": True},
     "every block kept": {"coarse": "paper", "block_topk": 40},
-    "long rows": {"coarse": "paper", "block_topk": 80, "tokens": 128 * 150},
+    "long rows": {"coarse": "paper", "block_topk": 130, "tokens": 128 * 150},
     "decode": {"coarse": "paper", "queries": 1},
     "given means": {"k_pooled": lambda g, b, s, t: torch.randn(b, -(-t // 128), 128, generator=g).bfloat16()},
     "weights are converted": {
@@ -180,6 +180,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 def test_launches_are_those_of_a_call_of_its_own(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, more: Given, chunks: int
 ) -> None:
+    long_rows = more is MORE["long rows"]
     more = dict(more)
     if "k_pooled" in more and dtype == torch.float32:
         more["k_pooled"] = lambda g, b, s, t: torch.randn(b, -(-t // 128), 128, generator=g)
@@ -187,7 +188,9 @@ def test_launches_are_those_of_a_call_of_its_own(
         monkeypatch.setattr(config, "WORKSPACE_BYTES", config.WORKSPACE_BYTES // 60)
         more |= {"batch": 3} if more.get("queries") == 1 else {"queries": 70}
     first, second, third = (case(seed, dtype, **more) for seed in range(3))
-    assert_same_launches(first, through(first), alone(first))
+    made = alone(first)
+    assert any(one.kernel == "list_candidates_kernel" for one in made[1]) == long_rows
+    assert_same_launches(first, through(first), made)
     for given in (second, third, first):
         assert_same_launches(given, repeated(given), alone(given))
 

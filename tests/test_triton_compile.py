@@ -446,11 +446,15 @@ def test_small_blocks_go_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("refine_by_row_kernel" in names) == (block_size != 192)
 
 
-def test_long_rows_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arch", TARGETS)
+def test_long_rows_compile(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
     """More entries than one program sorts, more candidates than one holds, every block kept."""
-    launches = record(monkeypatch, torch.bfloat16, "sm_90", topk=5000, budget=Budget(128, 128), mark_hidden=True)
-    assert [recorded[0].__name__ for recorded in launches][-2:] == ["sort_tiles_kernel", "merge_tiles_kernel"]
-    check(launches, "sm_90")
+    budget = Budget(128, 256)
+    launches = record(monkeypatch, torch.bfloat16, arch, topk=5000, tokens=32768, budget=budget, mark_hidden=True)
+    names = [recorded[0].__name__ for recorded in launches]
+    long_rows = ["guess_key_kernel", "count_candidates_kernel", "list_candidates_kernel", "select_tokens_kernel"]
+    assert names == ["refine_by_row_kernel", *long_rows, "sort_tiles_kernel", "merge_tiles_kernel"]
+    check(launches, arch)
 
 
 @pytest.mark.parametrize(("capability", "mode"), [((8, 0), FP8_BITS), ((8, 9), FP8_NATIVE), ((9, 0), FP8_NATIVE)])

@@ -26,7 +26,7 @@ from triton_cases import (
 
 import hisa_compile
 from hisa_compile.ops import Budget, Visibility
-from hisa_compile.ops.triton import gpu, launch, launch_pool
+from hisa_compile.ops.triton import config, gpu, launch, launch_pool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU")]
 
@@ -96,9 +96,10 @@ def decode(dtype: torch.dtype, seed: int) -> Case:
 
 def flat(dtype: torch.dtype, seed: int) -> Case:
     """Every block kept, in rows longer than a program holds."""
-    case = gaussian_case(2, 64, 12288, 64, 128, dtype, seed, topk=512, block_size=64, block_topk=192)
+    tokens = config.SELECT_ROW + 1024
+    case = gaussian_case(2, 64, tokens, 64, 128, dtype, seed, topk=512, block_size=64, block_topk=tokens // 64)
     generator = torch.Generator(DEVICE).manual_seed(seed)
-    case["window_end"] = torch.randint(0, 12300, (2, 64), generator=generator, device=DEVICE).int()
+    case["window_end"] = torch.randint(0, tokens + 20, (2, 64), generator=generator, device=DEVICE).int()
     return case
 
 

@@ -46,7 +46,7 @@ by_block = mock.patch.object(config, "FEW_PAIRS", 0)
 HALF_DTYPES = (torch.float16, torch.bfloat16, FP8) if ON_GPU else (torch.float16,)
 
 # regime: block_size, block_topk, topk; of 65536 tokens on a GPU and 96 under the interpreter.  A program holds 16384
-# columns, or 16, and sorts 4096, or 8.
+# columns, or 16, and sorts 512, or 8.
 TOKENS = 65536 if ON_GPU else 96
 REGIMES = {
     "pruned": (128, 16, 1000) if ON_GPU else (4, 4, 8),

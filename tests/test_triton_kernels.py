@@ -396,7 +396,8 @@ def test_bits_depend_on_the_row_alone(dtype: torch.dtype, coarse: str) -> None:
         assert_equal(run(case), whole)
 
 
-def test_workspace_does_not_grow_with_the_queries() -> None:
+@pytest.mark.parametrize(("tokens", "block_topk"), [(10**6, 64), (2**16, 64), (2**16, 512), (10**6, 7813)])
+def test_workspace_does_not_grow_with_the_queries(tokens: int, block_topk: int) -> None:
     """What one call allocates besides its outputs, counted at the allocations themselves."""
     allocated: list[int] = []
     empty = torch.empty
@@ -407,12 +408,16 @@ def test_workspace_does_not_grow_with_the_queries() -> None:
         return x
 
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.float16, device=DEVICE)
-    q, k = zero.expand(1, 300_000, 64, 128), zero[0].expand(1, 10**6, 128)
+    q, k = zero.expand(1, 300_000, 64, 128), zero[0].expand(1, tokens, 128)
     with mock.patch.object(torch, "empty", counting), mock.patch.object(gpu, "launch") as launched:
-        launch.indexer_topk_triton(q, k, q[..., 0], 20, Budget(128, 64), Visibility(), None, None, True, False)
-    assert any(call.args[0] is launch.refine_by_block_kernel for call in launched.call_args_list)
-    blocks = -(-(10**6) // 128)
+        launch.indexer_topk_triton(q, k, q[..., 0], 20, Budget(128, block_topk), Visibility(), None, None, True, False)
+    kernels = {call.args[0] for call in launched.call_args_list}
+    blocks = -(-tokens // 128)
+    pruned = blocks > block_topk
+    assert {launch.refine_by_block_kernel, launch.refine_by_row_kernel} & kernels
+    assert (launch.list_candidates_kernel in kernels) != pruned
     assert allocated[:2] == [300_000 * 20 * 4] * 2
-    allocated.remove(blocks * 128 * 2)
+    if pruned:
+        allocated.remove(blocks * 128 * 2)
     # The lists of pairs: where each begins, and at most one item of work that is not full.
     assert sum(allocated[2:]) <= config.WORKSPACE_BYTES + 12 * blocks + 8

@@ -76,8 +76,8 @@ class Configuration(NamedTuple):
     maxnreg: registers of a thread at most; None leaves it to the compiler.  AMD's has no such limit.
     num_warps: warps of a program.
     most_rows: rows that go past one tile at most, a power of 2; None is :data:`.config.MOST_ROWS`.
-    programs: work is cut into no larger parts than leave so many programs, that of refine_by_row into no more than so
-        many; None is :data:`.config.MANY_PROGRAMS`, for the coarse stage :data:`.config.MANY_COARSE_PROGRAMS` or
+    programs: work is cut into no larger parts than leave so many programs, that of refine_by_row into about so many at
+        most; None is :data:`.config.MANY_PROGRAMS`, for the coarse stage :data:`.config.MANY_COARSE_PROGRAMS` or
         :data:`.config.MANY_COARSE_HOPPER_PROGRAMS`, for refine_by_row :data:`.config.MANY_ROW_PROGRAMS`.
     """
 

@@ -168,7 +168,8 @@ def refine_by_row_kernel(
     # A tile of one block has its number from a register: keys whose place is read from memory a moment before are
     # copied one tile ahead at best, however many stages there are.
     ONE_BLOCK: tl.constexpr = kept_ptr is not None and BLOCK_SIZE % TILE == 0
-    STEP: tl.constexpr = _LISTED * TILE if ONE_BLOCK else 2**30
+    # Else as many as leave an int32 room: T is at most 2^31 - 2^21.
+    STEP: tl.constexpr = _LISTED * TILE if ONE_BLOCK else 2**20
     near = tl.arange(0, _LISTED)
     if kept_ptr is not None:
         low = group * group_columns
