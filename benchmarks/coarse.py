@@ -13,6 +13,7 @@ a third decode steps, one query a sequence, with the representatives of blocks g
 from __future__ import annotations
 
 import argparse
+import functools
 
 import torch
 
@@ -100,23 +101,21 @@ def measured(
     return row
 
 
+def kernels_us(one: Call) -> Found:
+    return {"kernels_us": {kernel: 1e3 * ms for kernel, ms in kernels_ms(one).items()}}
+
+
 def split(rows: dict[str, dict[str, dict[str, Found]]]) -> None:
     """Add microseconds by kernel at the context of SPLIT.
 
     Behind all times: once torch.profiler has run, CUDA graphs take some microseconds longer for good.
     """
     for name, found in rows.items():
+        given = programs.inputs(1024, SPLIT, DTYPES[name])
         for point, row in found.items():
             context, topk = parse_point(point)
-            if context == SPLIT:
-                given = programs.inputs(1024, context, DTYPES[name])
-                for stage in OPTIONS:
-
-                    def run(given: programs.Inputs = given, topk: int = topk, stage: tuple[str, int] = stage) -> Found:
-                        kernels = kernels_ms(call(given, topk, *stage))
-                        return {"kernels_us": {kernel: 1e3 * ms for kernel, ms in kernels.items()}}
-
-                    row[key_of(*stage)] |= attempt(run)
+            for stage in OPTIONS if context == SPLIT else ():
+                row[key_of(*stage)] |= attempt(functools.partial(kernels_us, call(given, topk, *stage)))
 
 
 def cell(found: Found, paper: Found) -> str:

@@ -132,7 +132,8 @@ def widen_queries_kernel(
 ):  # fmt: skip
     """wide_ptr [rows, H, D] gets the q of a chunk's rows in its own dtype, grid (rows): float8 that meets means.
 
-    Needs nothing of the kernel before it, where that is one of the same call: AHEAD, it runs beside pooling.
+    Needs nothing of the kernel before it, where that is one of the same call: AHEAD, it runs beside pooling, and reads
+    past the L1 cache, see :func:`.overlap.wait_at_the_end`.
     """
     wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0)

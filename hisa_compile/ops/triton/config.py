@@ -43,8 +43,8 @@ FEW_ROWS = 16
 FEW_PAIRS = 2
 # Programs that fill any GPU a few times: with fewer, the work is cut finer.
 MANY_PROGRAMS = 2048
-# Programs that read keys past one query wait for memory alone, four to a multiprocessor: no more than find a place at
-# once, unless there are more rows.
+# Programs that read keys past one query wait for memory alone: about as many as four to a multiprocessor, unless there
+# are more rows.  (What two tiles of bfloat16 take of shared memory leaves room for two at a time.)
 MANY_ROW_PROGRAMS = 512
 # A tile of means is read for fewer rows than that of a block's keys: it pays to wait for more of them.
 MANY_COARSE_PROGRAMS = 640

@@ -131,8 +131,8 @@ _ANYWHERE: Rows = {
 TABLE: dict[Architecture, Rows] = {
     # Must have a row for every lookup.
     DEFAULT: _ANYWHERE,
-    # NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-22: by hand, at the sizes of docs/kernels.md; no
-    # other architecture has been measured, so they are the default as well.
+    # NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-22 (select_tokens 2026-11-23): by hand, at the
+    # sizes of docs/kernels.md; no other architecture has been measured, so they are the default as well.
     90: dict(_ANYWHERE),
 }
 

@@ -4,9 +4,8 @@ Where rows are put in order, a row of the outputs holds until then, in any order
 tokens) and the rank keys of the scores; where they are not (FINAL), the outputs themselves.
 
 Where windows alone hide tokens the selection fills rows itself, by :func:`fill_outside_window`.  Else filling takes 2
-microseconds where no row needs it.  Sorting 2048 entries a row, 1024 rows, takes 300: Triton's
-bitonic sort of 64-bit entries, 66 exchanges of each; the floor is 16 MiB read and written, 11 (an H100,
-docs/kernels.md).
+microseconds where no row needs it.  Sorting 2048 entries a row, 1024 rows, takes 300: Triton's bitonic sort of 64-bit
+entries, 66 exchanges of each; the floor is 16 MiB read and written, 11 (an H100, docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ import triton
 import triton.language as tl
 
 from .keys import pack, rank_key, score_bits, unpack
-from .operands import load_factor
 from .overlap import wait_for_kernel_before
-from .score import load_query, load_weights, score_tile
+from .score import load_query, load_weights, score_tokens
 from .visible import row_coordinates, row_segment, row_window, visible_tokens
 
 
@@ -113,11 +111,10 @@ def fill_kernel(
                     outside = outside & (flag == 0)
                     found = tl.sum(outside.to(tl.int32), axis=0)
                     if found > 0:
-                        scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, outside)
-                        factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, outside)
-                        scores = score_tile(
-                            query, weights, q_ptr, q_sh, q_sd, k_ptr + token * k_st, k_sd, scale, factor, outside,
-                            H, D, PADDED_H, TILE_D, FP8, FP8, WIDEN,
+                        scores = score_tokens(
+                            query, weights, q_ptr, q_sh, q_sd, k_ptr, k_st, k_sd, scale_ptr, scale_sb, scale_st,
+                            k_weight_ptr, k_weight_sb, k_weight_st, batch, token, outside,
+                            H, D, PADDED_H, TILE_D, FP8, WIDEN,
                         )  # fmt: skip
                         slot = have + tl.cumsum(outside.to(tl.int32), axis=0) - 1
                         wanted = outside & (slot < K)

@@ -138,6 +138,8 @@ def _next_pivot(low, high, z_low, z_high, z_wanted, step, halve):
 def _narrowed(low, high, at_low, above_high, z_low, z_high, wanted, total, step, halve, pivot, count):
     """The bracket, and what is known of it, once ``count`` keys are known to be >= ``pivot``; and ``halve``: whether
     that was a poor guess, off by an eighth of the bracket's keys.
+
+    z_low and z_high are quantiles of at_low and above_high: of the two one is new, and each takes six square roots.
     """
     off = tl.abs(count - wanted) * 8 > at_low - above_high
     halve = off & (halve == 0) & (step % 5 != 4)
@@ -154,12 +156,10 @@ def _narrowed(low, high, at_low, above_high, z_low, z_high, wanted, total, step,
 
 @triton.jit
 def _cut(low, at_low, above_high, wanted):
-    """(threshold, ties, wanted) of a bracket that is closed: take the keys above the threshold and ``ties`` equal to
-    it, which are ``wanted`` keys.
-    """
+    """(threshold, ties) of a bracket that is closed: take the keys above the threshold and ``ties`` equal to it."""
     whole = at_low == wanted
     # All keys >= low are taken; low is above HIDDEN_KEY unless there are none.
-    return tl.where(whole, tl.maximum(low, HIDDEN_KEY + 1) - 1, low), tl.where(whole, 0, wanted - above_high), wanted
+    return tl.where(whole, tl.maximum(low, HIDDEN_KEY + 1) - 1, low), tl.where(whole, 0, wanted - above_high)
 
 
 @triton.jit
@@ -192,7 +192,8 @@ def kth_key(keys, wanted, one):
             low, high, at_low, above_high, z_low, z_high, wanted, total, step, halve, pivot, reached
         )
         step += 1
-    return _cut(low, at_low, above_high, wanted)
+    threshold, ties = _cut(low, at_low, above_high, wanted)
+    return threshold, ties, wanted
 
 
 @triton.jit
@@ -266,7 +267,8 @@ def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, on
             low, high, at_low, above_high, z_low, z_high, wanted, total, step, halve, pivot, count
         )
         step += 1
-    return _cut(low, at_low, above_high, wanted)
+    threshold, ties = _cut(low, at_low, above_high, wanted)
+    return threshold, ties, wanted
 
 
 @triton.jit

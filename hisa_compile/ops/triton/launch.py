@@ -164,6 +164,7 @@ class _Call:
             "WIDEN": triton.knobs.runtime.interpret,
         }
         self.sizes = {"S": self.queries, "T": self.tokens}
+        self.overlap = gpu.overlap(self.architecture)
         self.repeatable: list[gpu.Repeatable] = []
         self.repeats = False
         means = pooled_dtype(self.dtype)
@@ -215,7 +216,7 @@ class _Call:
 
     def launch(self, kernel: Any, programs: int, how: Launch, **arguments: Any) -> None:
         """A launch of a stage; of the first chunk's, those after it repeat it."""
-        arguments.setdefault("OVERLAP", gpu.overlap(self.architecture))
+        arguments.setdefault("OVERLAP", self.overlap)
         compiled = gpu.launch(kernel, programs, how, **arguments)
         known = self.repeats or self.record is not None
         one = gpu.Repeatable(compiled, kernel, programs, arguments) if known and compiled is not None else None

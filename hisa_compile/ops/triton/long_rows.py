@@ -102,7 +102,8 @@ def list_candidates_kernel(
     row = tl.program_id(0) // segments
     segment = tl.program_id(0) % segments
     counts_ptr += row.to(tl.int64) * 2 * segments
-    PART: tl.constexpr = TILE // 8 if TILE >= 1024 else TILE
+    # Few of a segment's columns are candidates: their scores are copied so many at a time.
+    PART: tl.constexpr = TILE // 8
     listed = sum_counts(counts_ptr, segments, STEP) <= TILE
     count = tl.load(counts_ptr + segment)
     if listed & (count > 0):

@@ -140,8 +140,9 @@ class Plan:
             # Candidates and their scores, the guess, two counts a segment.
             row_bytes += 8 * config.SELECT_TILE + 4 + 8 * self.segments
         most = max(1, min(config.WORKSPACE_BYTES // row_bytes, _MOST_ROWS))
+        how = config.by_block_launch(self.tiles, dtype, dim, architecture)
         # Past a tile of keys rows go in groups, where there are no lists of pairs.
-        self.chunks = list(chunks_of_rows(batch, queries, most, 1 if self.prune else config.MOST_ROWS))
+        self.chunks = list(chunks_of_rows(batch, queries, most, 1 if self.prune else how.most_rows))
 
         rows = self.chunks[0].of_batch
         self.by_block = (
@@ -158,7 +159,6 @@ class Plan:
         )
         self.pairs_listed = self.by_block and self.prune
         self.block_topk = block_topk
-        how = config.by_block_launch(self.tiles, dtype, dim, architecture)
         self.pairs_of_item = max(4, rows_past_a_tile(self.chunks[0].rows, block_topk, how))
 
     def probe_groups(self, chunk: Chunk) -> int:

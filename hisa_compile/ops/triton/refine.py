@@ -15,7 +15,7 @@ from .group import IS_CUT, pair_row, pair_slot, rows_of_program
 from .keys import HIDDEN_BITS, score_bits
 from .operands import load_factor
 from .overlap import wait_for_kernel_before
-from .score import head_sum, is_any_negative, load_query, load_vectors, load_weights, multiply, real_heads, score_tile
+from .score import head_sum, is_any_negative, load_query, load_vectors, load_weights, multiply, real_heads, score_tokens
 from .visible import group_window, row_coordinates, row_segment, row_window, visible_tokens
 
 
@@ -209,11 +209,10 @@ def refine_by_row_kernel(
                     token, start, end, valid_ptr, valid_st, mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
                 )
                 visible = visible & (column < high)
-                scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, visible)
-                factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, visible)
-                scores = score_tile(
-                    query, weights, q_ptr, q_sh, q_sd, k_ptr + token * k_st, k_sd, scale, factor, visible,
-                    H, D, PADDED_H, TILE_D, FP8, FP8, WIDEN,
+                scores = score_tokens(
+                    query, weights, q_ptr, q_sh, q_sd, k_ptr, k_st, k_sd, scale_ptr, scale_sb, scale_st,
+                    k_weight_ptr, k_weight_sb, k_weight_st, batch, token, visible,
+                    H, D, PADDED_H, TILE_D, FP8, WIDEN,
                 )  # fmt: skip
                 bits = score_bits(scores, visible)
                 tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column, bits, mask=column < pitch)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .operands import dot, load_operand
+from .operands import dot, load_factor, load_operand
 
 
 @triton.jit
@@ -88,23 +88,31 @@ def is_any_negative(scale):
 
 
 @triton.jit
-def score_tile(
-    query, weights, q_ptr, q_sh, q_sd, x_ptr, x_sd, scale, factor, wanted,
+def score_tokens(
+    query, weights, q_ptr, q_sh, q_sd,
+    k_ptr, k_st, k_sd,
+    scale_ptr, scale_sb, scale_st,
+    k_weight_ptr, k_weight_sb, k_weight_st,
+    batch, token, wanted,
     H: tl.constexpr, D: tl.constexpr, PADDED_H: tl.constexpr, TILE_D: tl.constexpr,
-    Q_FP8: tl.constexpr, X_FP8: tl.constexpr, WIDEN: tl.constexpr,
+    FP8: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Scores float32 [TILE] of the vectors at ``x_ptr`` ([TILE] pointers) for one row, those not ``wanted`` unread.
+    """Scores float32 [TILE] of the batch's tokens int64 [TILE] for one row, those not ``wanted`` unread.
 
+    q_ptr is the row's, k_ptr the batch's, the others everybody's.
     ``query`` is the whole q where D fits one TILE_D, else its first part, and the others are loaded here.
     """
+    scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, wanted)
+    factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, wanted)
+    x_ptr = k_ptr + token * k_st
     TILE: tl.constexpr = x_ptr.shape[0]
     products = tl.zeros([TILE, PADDED_H], tl.float32)
     if D <= TILE_D:
-        x = load_vectors(x_ptr, x_sd, wanted, 0, D, TILE_D, X_FP8)
+        x = load_vectors(x_ptr, k_sd, wanted, 0, D, TILE_D, FP8)
         products = multiply(x, query, products, WIDEN)
     else:
         for first in range(0, D, TILE_D):
-            x = load_vectors(x_ptr, x_sd, wanted, first, D, TILE_D, X_FP8)
-            part = load_query(q_ptr, q_sh, q_sd, first, H, D, PADDED_H, TILE_D, Q_FP8)
+            x = load_vectors(x_ptr, k_sd, wanted, first, D, TILE_D, FP8)
+            part = load_query(q_ptr, q_sh, q_sd, first, H, D, PADDED_H, TILE_D, FP8)
             products = multiply(x, part, products, WIDEN)
     return head_sum(products, weights, real_heads(H, PADDED_H), scale, is_any_negative(scale), factor)
