@@ -471,16 +471,14 @@ def test_mask_of_more_than_two_to_the_31_elements() -> None:
 def test_sizes_that_change_do_not_recompile() -> None:
     """S, T and the number of blocks are not specialised: a serving loop compiles once."""
     shapes = ((1, 100, 3000), (2, 77, 3001), (1, 1, 4096), (3, 16, 2500))
-    run(gaussian_case(*shapes[1], 16, 64, torch.bfloat16, topk=64, block_size=16, block_topk=16))
-    kernels = (
-        launch.coarse_kernel,
-        launch.refine_by_block_kernel,
-        launch.refine_by_row_kernel,
-        launch.select_tokens_kernel,
-    )
+    # So many to select that rows may have to be filled up.
+    budget = {"topk": 230, "block_size": 16, "block_topk": 16}
+    run(gaussian_case(*shapes[1], 16, 64, torch.bfloat16, **budget))
+    kernels = (launch.coarse_kernel, launch.refine_by_block_kernel, launch.refine_by_row_kernel)
+    kernels += (launch.select_tokens_kernel, launch.fill_kernel)
     # Strides are specialised on being 1 and on divisibility by 16, which these shapes leave alone.
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     for shape in shapes:
-        run(gaussian_case(*shape, 16, 64, torch.bfloat16, topk=64, block_size=16, block_topk=16))
+        run(gaussian_case(*shape, 16, 64, torch.bfloat16, **budget))
     after = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     assert after == before

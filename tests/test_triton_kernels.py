@@ -396,8 +396,17 @@ def test_bits_depend_on_the_row_alone(dtype: torch.dtype, coarse: str) -> None:
         assert_equal(run(case), whole)
 
 
-@pytest.mark.parametrize(("tokens", "block_topk"), [(10**6, 64), (2**16, 64), (2**16, 512), (10**6, 7813)])
-def test_workspace_does_not_grow_with_the_queries(tokens: int, block_topk: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "block_topk", "refinement"),
+    [
+        (10**6, 64, launch.refine_by_block_kernel),
+        (2**16, 64, launch.refine_by_block_kernel),
+        (2**16, 512, launch.refine_by_block_kernel),
+        # Rows so long that a chunk is too few of them.
+        (10**6, 7813, launch.refine_by_row_kernel),
+    ],
+)
+def test_workspace_does_not_grow_with_the_queries(tokens: int, block_topk: int, refinement: Any) -> None:
     """What one call allocates besides its outputs, counted at the allocations themselves."""
     allocated: list[int] = []
     empty = torch.empty
@@ -414,7 +423,7 @@ def test_workspace_does_not_grow_with_the_queries(tokens: int, block_topk: int) 
     kernels = {call.args[0] for call in launched.call_args_list}
     blocks = -(-tokens // 128)
     pruned = blocks > block_topk
-    assert {launch.refine_by_block_kernel, launch.refine_by_row_kernel} & kernels
+    assert refinement in kernels
     assert (launch.list_candidates_kernel in kernels) != pruned
     assert allocated[:2] == [300_000 * 20 * 4] * 2
     if pruned:

@@ -56,6 +56,11 @@ def select_in_tiles_kernel(keys_ptr, columns_ptr, count_ptr, K, past, TILE: tl.c
     tl.store(count_ptr, count)
 
 
+def turned(bits: Tensor) -> Tensor:
+    """Bits of scores to rank keys, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
 def selected(keys: Tensor, k: int, tile: int | None = None) -> Tensor:
     """The columns that a kernel writes, in tiles or with all keys in registers; it writes nothing else."""
     columns = torch.full([keys.numel() + 1], -7, dtype=torch.int32, device=DEVICE)
@@ -66,8 +71,7 @@ def selected(keys: Tensor, k: int, tile: int | None = None) -> Tensor:
         # A whole tile is read.
         padded = torch.full([-(-keys.numel() // tile) * tile], HIDDEN, dtype=torch.int32)
         padded[: keys.numel()] = keys
-        bits = padded ^ ((padded >> 31) & 0x7FFFFFFF)
-        select_in_tiles_kernel[(1,)](bits.to(DEVICE), columns, count, k, keys.numel(), tile)
+        select_in_tiles_kernel[(1,)](turned(padded).to(DEVICE), columns, count, k, keys.numel(), tile)
     found = int(count)
     assert (columns[found:] == -7).all()
     return columns[:found].cpu()
@@ -81,9 +85,7 @@ def wanted(keys: Tensor, k: int) -> Tensor:
 
 
 def gaussian(size: int, generator: torch.Generator) -> Tensor:
-    scores = torch.randn(size, generator=generator)
-    bits = scores.view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return turned(torch.randn(size, generator=generator).view(torch.int32))
 
 
 def of(*values: int) -> Tensor:
