@@ -42,17 +42,18 @@ from triton_cases import (
 from hisa_compile.ops import Budget, Visibility, reference
 from hisa_compile.ops.triton import config, gpu, launch, launch_pool
 from hisa_compile.ops.triton.finish import fill_kernel
+from hisa_compile.ops.triton.group import list_items_kernel, sort_pairs_kernel
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
 
 
 @settings(max_examples=20 if ON_GPU else 40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(case=cases(), tiles=st.booleans())
-def test_equals_the_reference_bit_for_bit(case: Case, tiles: bool) -> None:
+@given(case=cases(), tiles=st.booleans(), roomy=st.sampled_from([0, 100]))
+def test_equals_the_reference_bit_for_bit(case: Case, tiles: bool, roomy: int) -> None:
     """Any shapes, budget, visibility, dtype, layout and order, with the real tiles and with tiny ones."""
     if tiles:
-        with small_tiles():
+        with small_tiles(roomy=roomy):
             check(case)
     else:
         check(case)
@@ -89,6 +90,27 @@ def test_every_loop_runs_more_than_once(dtype: torch.dtype, mode: str) -> None:
     if mode in ("windows", "segments"):
         with small_tiles():
             check(case | {"block_topk": 34})
+
+
+@pytest.mark.parametrize("roomy", [False, True], ids=["sorted", "with room"])
+@pytest.mark.parametrize("coarse", ["paper", "probe"])
+def test_pairs_are_listed_by_block(roomy: bool, coarse: str) -> None:
+    """Two sequences in a chunk, then chunks of parts of a sequence; several items a list."""
+    queries, tokens = (300, 3072) if ON_GPU else (9, 160)
+    case = whole_case(queries, tokens, 2, 16, torch.float16, 2, topk=20, block_size=16, block_topk=6)
+    ends = torch.randint(0, tokens + 1, (2, queries), generator=torch.Generator().manual_seed(3))
+    case |= {"coarse": coarse, "window_end": ends.int().to(DEVICE)}
+    values = {"ROOMY": 1000 if roomy else 0, "FEW_ROWS": 1, "FEW_PAIRS": 0, "MOST_ROWS": 4}
+    score_tiles = config.score_tiles
+
+    def small(*sizes: Any) -> config.Tiles:
+        return score_tiles(*sizes)._replace(tile=16)
+
+    for workspace in (config.WORKSPACE_BYTES, 150_000 if ON_GPU else 4000):
+        with mock.patch.multiple(config, score_tiles=small, WORKSPACE_BYTES=workspace, **values), launched() as kernels:
+            check(case)
+        assert list_items_kernel in kernels
+        assert (sort_pairs_kernel in kernels) != roomy
 
 
 def test_chunks_of_several_rows_cross_the_batch() -> None:

@@ -224,7 +224,7 @@ def strided(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def small_tiles(workspace: int = 1) -> Iterator[None]:
+def small_tiles(workspace: int = 1, roomy: int = 0) -> Iterator[None]:
     """Tiles and workspace so small that every loop over tiles, groups of tiles and chunks of rows runs often."""
     tiles, probe_tiles = config.score_tiles, config.probe_tiles
 
@@ -251,6 +251,7 @@ def small_tiles(workspace: int = 1) -> Iterator[None]:
         "MANY_ROW_PROGRAMS": 1,
         "MANY_COARSE_PROGRAMS": 1,
         "EMIT_TILE": 4,
+        "ROOMY": roomy,
         "LIST_TILE": 2,
         "LIST_PARTS": 2,
         "WORKSPACE_BYTES": workspace,

@@ -16,6 +16,9 @@ from .sizes import power_of_2
 # Everything the operator allocates besides its outputs stays below this, but for what is linear in the number of keys
 # (block means, the last-valid table, bounds of segments, lists of pairs) and the least that a single row needs.
 WORKSPACE_BYTES = 58 * 2**20
+# Scores of a chunk of long rows, which are read twice, as long as these are as many rows as go past a tile of keys
+# together: an H100's L2 cache, of 50 MB, holds them.
+CACHED_SCORES = 32 * 2**20
 # Entries that one program sorts; longer rows are sorted in tiles of this size and merged.
 SORT_TILE = 512
 # Rank keys that one program holds in registers while it selects: of a whole row at most, and of a longer one's tile.
@@ -31,6 +34,9 @@ EMIT_TILE = 2048
 SCAN_TILE = 1024
 # Lists of pairs whose places one program works out.
 LIST_TILE = 64
+# Lists of pairs that each have room for all rows, up to so many times as much as the pairs need: else they lie one
+# behind another, which takes a sort.
+ROOMY = 16
 # Items of a list that are written at once.
 LIST_PARTS = 16
 # Pairs that one program sorts by block.
@@ -43,8 +49,11 @@ FEW_ROWS = 16
 FEW_PAIRS = 2
 # Programs that fill any GPU a few times: with fewer, the work is cut finer.
 MANY_PROGRAMS = 2048
+# Tokens that go past one query together: as bits of a score go, 64 are as good as 128, and twice as many programs find
+# shared memory for what they copy ahead.
+ROW_TILE = 64
 # Programs that read keys past one query wait for memory alone: about as many as four to a multiprocessor, unless there
-# are more rows.  (What two tiles of bfloat16 take of shared memory leaves room for two at a time.)
+# are more rows.
 MANY_ROW_PROGRAMS = 512
 # A tile of means is read for fewer rows than that of a block's keys: it pays to wait for more of them.
 MANY_COARSE_PROGRAMS = 640

@@ -4,8 +4,9 @@ Neighbouring queries keep mostly the same blocks, and any 1024 queries keep each
 average.  With the pairs of a block side by side its keys are read once for many of them; query by query they are read
 anew each time, which at one byte an element is more than the L2 cache delivers in the time of the products.
 
-Floor: 64K pairs of 4 bytes, written twice and read once: nothing; its two kernels take 6 microseconds, the time of
-their dependent loads (an H100, docs/kernels.md).
+Floor: 64K pairs of 4 bytes, written and read: nothing; its two kernels take 6 microseconds, the time of their
+dependent loads (an H100, docs/kernels.md).  Where there are not too many blocks each list has room for all rows, and
+who finds the kept blocks writes the pairs; else they are sorted, so that memory does not grow with the context.
 
 A pair is row * 2^16 + slot: the row within the chunk and the place in its list of kept blocks, plus IS_CUT where the
 row's window does not hold the whole block: all others are seen whole as far as windows go.
@@ -20,6 +21,14 @@ from .overlap import wait_for_kernel_before
 from .visible import row_coordinates, row_window
 
 IS_CUT = tl.constexpr(2**15)
+
+
+@triton.jit
+def pair_of(row, slot, block, start, end, BLOCK_SIZE: tl.constexpr):
+    """Of a row of the chunk, whose window is [start, end), and a block that it keeps."""
+    token = block.to(tl.int64) * BLOCK_SIZE
+    cut = (token < start) | (token + BLOCK_SIZE > end)
+    return row * 65536 + slot + tl.where(cut, IS_CUT, 0)
 
 
 @triton.jit
@@ -75,17 +84,18 @@ def clear_counts(counts_ptr, lists, near):
         tl.store(counts_ptr + base + near, near * 0, mask=base + near < lists)
 
 
-@triton.jit(do_not_specialize=["lists", "most_pairs"])
+@triton.jit(do_not_specialize=["lists", "most_pairs", "room"])
 def list_items_kernel(
-    counts_ptr, offsets_ptr, items_ptr, item_count_ptr, lists, most_pairs,
+    counts_ptr, offsets_ptr, items_ptr, item_count_ptr, lists, most_pairs, room,
     TILE: tl.constexpr, SUM_TILE: tl.constexpr, PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(lists, TILE)).  From the number of pairs of each (batch, block), counts_ptr int32 [lists]:
 
-    offsets_ptr int32 [lists + 1] gets where each list of pairs begins, items_ptr int32 [items, 2] (list, first pair)
-    of every item of work, which is at most ``most_pairs`` pairs of one list, and item_count_ptr their number.  Items
-    of fewer pairs come last: a GPU that has no more work is then idle for a short one's time at most.
+    offsets_ptr int32 [lists + 1] gets, behind a 0, where each list of pairs ends, items_ptr int32 [items, 2] (list,
+    first pair) of every item of work, which is at most ``most_pairs`` pairs of one list, and item_count_ptr their
+    number.  Lists begin every ``room`` pairs, or, where that is 0, each where the one before ends.  Items of fewer
+    pairs come last: a GPU that has no more work is then idle for a short one's time at most.
     A program adds up what comes before its own lists by itself: they are few, and nobody has to wait.
     """
     wait_for_kernel_before(OVERLAP)
@@ -107,7 +117,8 @@ def list_items_kernel(
     number = base + tl.arange(0, TILE)
     count = tl.load(counts_ptr + number, mask=number < lists, other=0)
     first_pair = first + tl.cumsum(count, axis=0) - count
-    tl.store(offsets_ptr + number, first_pair, mask=number < lists)
+    first_pair = tl.where(room > 0, number * room, first_pair)
+    tl.store(offsets_ptr + number + 1, first_pair + count, mask=number < lists)
     parts = count // most_pairs
     rest = (count % most_pairs != 0).to(tl.int32)
     item = tl.sum(full, axis=0) + tl.cumsum(parts, axis=0) - parts
@@ -119,8 +130,9 @@ def list_items_kernel(
         tl.store(place + 1, first_pair[:, None] + each * most_pairs, mask=each < parts[:, None])
     tl.store(items_ptr + 2 * short_item, number, mask=rest != 0)
     tl.store(items_ptr + 2 * short_item + 1, first_pair + parts * most_pairs, mask=rest != 0)
+    if base == 0:
+        tl.store(offsets_ptr, 0)
     if base + TILE >= lists:
-        tl.store(offsets_ptr + lists, first + tl.sum(count, axis=0))
         tl.store(item_count_ptr, total_full + tl.sum(short, axis=0) + tl.sum(rest, axis=0))
 
 
@@ -147,6 +159,4 @@ def sort_pairs_kernel(
     # Entries past the last row have no window to be read.
     _, batch, query = row_coordinates(first_row, tl.minimum(row, rows - 1), S)
     start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query, T)
-    token = block.to(tl.int64) * BLOCK_SIZE
-    cut = (token < start) | (token + BLOCK_SIZE > end)
-    tl.store(pairs_ptr + place, row * 65536 + slot + tl.where(cut, IS_CUT, 0), mask=listed)
+    tl.store(pairs_ptr + place, pair_of(row, slot, block, start, end, BLOCK_SIZE), mask=listed)

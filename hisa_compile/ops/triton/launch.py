@@ -294,21 +294,21 @@ class _Call:
     def select_blocks(self, chunk: Chunk, at: dict[str, int], ranked: Level) -> None:
         """The kept blocks of each row, from their scores; of outer ones flags alone."""
         into = self.space.kept | {"kept_flag_ptr": self.space.kept_flag}
-        into |= {"counts_ptr": self.space.counts, "rank_ptr": self.space.rank}
+        pairs = self.space.pairs if self.plan.room else None
+        into |= {"counts_ptr": self.space.counts, "rank_ptr": self.space.rank, "pairs_ptr": pairs}
         if ranked is self.plan.outer:
             into = dict.fromkeys(into) | {"kept_flag_ptr": self.space.outer_flag}
         self.launch(
             select_blocks_kernel,
             chunk.rows,
             config.select_launch("select_blocks", ranked.blocks, self.architecture),
-            **self.window,
-            **into,
-            **at,
+            **(self.window | into | at),
             block_scores_ptr=self.space.score_bits,
             rows_per_batch=chunk.of_batch,
             M=ranked.blocks,
             pitch=self.plan.pitch,
             block_topk=ranked.block_topk,
+            room=self.plan.room,
             BLOCK_SIZE=ranked.block_size,
             SLOTS=min(power_of_2(ranked.block_topk), config.EMIT_TILE),
             TILE=min(power_of_2(ranked.blocks), config.SELECT_TILE),
@@ -344,17 +344,18 @@ class _Call:
             counts_ptr=self.space.counts,
             lists=lists,
             most_pairs=self.plan.pairs_of_item,
+            room=self.plan.room,
             TILE=config.LIST_TILE,
             SUM_TILE=16 * config.LIST_TILE,
             PARTS=config.LIST_PARTS,
         )
+        if self.plan.room:
+            return
         self.launch(
             sort_pairs_kernel,
             cdiv(chunk.rows * self.block_topk, config.PAIR_TILE),
             Launch(1, 4),
-            **self.window,
-            **self.space.kept,
-            **at,
+            **(self.window | self.space.kept | at),
             rank_ptr=self.space.rank,
             offsets_ptr=self.space.items["offsets_ptr"],
             pairs_ptr=self.space.pairs,
@@ -371,17 +372,18 @@ class _Call:
         work = self.query | self.keys | self.seen | at | self.shape
         work |= {"token_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch}
         if not self.plan.by_block:
-            tiles = cdiv(self.plan.columns, self.plan.tiles.tile)
+            tile = min(self.plan.tiles.tile, config.ROW_TILE)
+            tiles = cdiv(self.plan.columns, tile)
             how = config.by_row_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
-            share = cdiv(chunk.rows * tiles, max(how.programs, chunk.rows)) * self.plan.tiles.tile
+            share = cdiv(chunk.rows * tiles, max(how.programs, chunk.rows)) * tile
             groups = cdiv(self.plan.columns, share)
             # Buffers that a short loop does not fill would only keep other programs away.
-            how = how._replace(stages=min(how.stages, share // self.plan.tiles.tile))
+            how = how._replace(stages=min(how.stages, share // tile))
             self.launch(
                 refine_by_row_kernel,
                 chunk.rows * groups,
                 how,
-                **work,
+                **(work | {"TILE": tile}),
                 **self.space.kept,
                 groups=groups,
                 group_columns=share,

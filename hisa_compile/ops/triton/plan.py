@@ -80,7 +80,7 @@ class Plan:
     sort_tile, sort_tiles, merged: how rows are put in order; a row of several tiles is merged.
     chunks: the rows in chunks; the workspace holds one.
     by_block: queries go past tiles of keys; else keys past a query.
-    pairs_listed, pairs_of_item: see :mod:`.group`.
+    pairs_listed, pairs_of_item, room: see :mod:`.group`; room is 0 where lists lie one behind another.
     """
 
     def __init__(
@@ -122,10 +122,11 @@ class Plan:
         sampled = 0 if self.sample is None else self.sample.size
         self.pitch = 16 * cdiv(max(self.columns, self.blocks if self.prune else 0, packed, sampled), 16)
 
+        roomy = self.blocks <= config.ROOMY * block_topk
         row_bytes = 4 * self.pitch + 4 + 4 * heads
         if self.prune:
-            # Kept blocks, their places among the pairs of a block, the pairs, and items of at least 4 pairs.
-            row_bytes += self.blocks + 4 + 20 * block_topk
+            # Kept blocks, items of at least 4 pairs; lists with room, or the pairs and their places in the lists.
+            row_bytes += self.blocks + 4 + 12 * block_topk + (4 * self.blocks if roomy else 8 * block_topk)
             if self.sample is not None:
                 # Two heads, their dtype two bytes where float8 is taken apart; the threshold and the cap.
                 row_bytes += 2 * dim * max(2, dtype.itemsize) + 8
@@ -141,6 +142,9 @@ class Plan:
             row_bytes += 8 * config.SELECT_TILE + 4 + 8 * self.segments
         most = max(1, min(config.WORKSPACE_BYTES // row_bytes, _MOST_ROWS))
         how = config.by_block_launch(self.tiles, dtype, dim, architecture)
+        cached = config.CACHED_SCORES // (4 * self.pitch)
+        if not self.one_tile and cached >= how.most_rows:
+            most = min(most, cached)
         # Past a tile of keys rows go in groups, where there are no lists of pairs.
         self.chunks = list(chunks_of_rows(batch, queries, most, 1 if self.prune else how.most_rows))
 
@@ -158,6 +162,7 @@ class Plan:
             )
         )
         self.pairs_listed = self.by_block and self.prune
+        self.room = self.chunks[0].of_batch if self.pairs_listed and roomy else 0
         self.block_topk = block_topk
         self.pairs_of_item = max(4, rows_past_a_tile(self.chunks[0].rows, block_topk, how))
 

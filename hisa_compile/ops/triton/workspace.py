@@ -21,7 +21,8 @@ class Workspace:
     selected_count: of the best tokens of each row, where a kernel of its own fills rows up.
     kept, kept_flag: the kept blocks, see :func:`.select.select_blocks_kernel`; none where every block is kept, no flags
         where no kernel of its own fills rows up.
-    counts, rank, pairs, items: the pairs by block, see :mod:`.group`, where they are listed.
+    counts, rank, pairs, items: the pairs by block, see :mod:`.group`, where they are listed; rank, where they are
+        sorted.
     candidates, guess, column_counts: of rows too long for one program, see :mod:`.long_rows`.
     packed: of rows sorted in tiles, see :func:`.finish.sort_tiles_kernel`, in the place of score_bits.
     heads, thresholds: of the probe, see :mod:`.probe`.
@@ -78,8 +79,8 @@ class Workspace:
             self.listed = empty(groups, plan.outer.blocks)
             self.listed_count = empty(groups)
         if plan.pairs_listed:
-            self.rank = empty(rows, plan.block_topk)
-            self.pairs = empty(rows * plan.block_topk)
+            self.rank = None if plan.room else empty(rows, plan.block_topk)
+            self.pairs = empty(lists * plan.room if plan.room else rows * plan.block_topk)
             self.counts = empty(lists)
             self.items = {
                 "items_ptr": empty(plan.most_items(plan.chunks[0]), 2),
