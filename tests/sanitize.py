@@ -86,6 +86,7 @@ CASES: dict[str, tuple[Sizes, torch.dtype, dict[str, Any]]] = {
     "pruned, by block, bfloat16, whole tiles": (WHOLE_TILES, torch.bfloat16, {}),
     "pruned, by block, float8, whole tiles": (WHOLE_TILES, FP8, {}),
     "pruned, by block, in chunks": (BY_BLOCK, FP8, {"config": {"WORKSPACE_BYTES": 40_000, "FEW_ROWS": 1}}),
+    "pruned, by block, pairs sorted": (BY_BLOCK, FP8, {"config": {"ROOMY": 0, "FEW_PAIRS": 0}}),
     "pruned, plain, bfloat16": (BY_BLOCK, torch.bfloat16, PLAIN),
     "pruned, plain, float8, everything": (BY_BLOCK, FP8, {"everything": True} | PLAIN),
     "pruned, plain, float8, whole tiles": (WHOLE_TILES, FP8, PLAIN),

@@ -153,13 +153,23 @@ def test_every_kernel_compiles_at_the_papers_sizes(
     assert len(one) == 7
     # Queries in float8 are widened for the coarse kernel of sm_90.
     widened = arch == "sm_90" and dtype == torch.float8_e4m3fn
-    assert len(many) == (7 if dtype == torch.float32 else 9 + widened)
+    assert len(many) == (7 if dtype == torch.float32 else 8 + widened)
     # With nearly as many to select as there are candidates a kernel of its own fills rows up.
     filled = record(monkeypatch, dtype, arch, topk=8000)
     assert len(filled) == 8
     assert filled[5][0] is launch.fill_kernel
     known = {kernel for kernel, *_ in one}
     check([*one, filled[5]] + [recorded for recorded in many if recorded[0] not in known], arch)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_pairs_are_sorted_where_there_are_too_many_blocks(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
+    kernels = {}
+    for tokens in (2**17, 2**18):
+        launches = record(monkeypatch, torch.bfloat16, arch, queries=1024, tokens=tokens)
+        kernels[tokens] = {recorded[0].__name__: recorded for recorded in launches}
+    assert kernels[2**18].keys() - kernels[2**17].keys() == {"sort_pairs_kernel"}
+    check([kernels[2**18][name] for name in ("select_blocks_kernel", "sort_pairs_kernel")], arch)
 
 
 @pytest.mark.parametrize(("arch", "queries"), [("sm_90", 1), ("sm_90", 1024), ("sm_80", 1), ("gfx942", 1)])
@@ -401,7 +411,9 @@ def sum_layout(compiled: Any) -> str:
     return re.search(rf"^{operand} = (.*)$", code, re.MULTILINE).group(1)
 
 
-@pytest.mark.parametrize(("heads", "block_size"), [(64, 64), (32, 64), (64, 128), (128, 64)])
+@pytest.mark.parametrize(
+    ("heads", "block_size"), [(64, 64), (32, 64), (16, 128), (32, 128), (64, 128), (128, 64), (128, 128)]
+)
 @pytest.mark.parametrize(
     ("dtype", "arch"),
     [(torch.bfloat16, arch) for arch in ("sm_80", "sm_90", "sm_100", "gfx942")] + [(torch.float8_e4m3fn, "sm_90")],

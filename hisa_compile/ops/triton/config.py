@@ -1,7 +1,8 @@
 """Tile shapes and launch configurations, which no user's first call has to search for.
 
 What changes nothing but a kernel's speed is in the table of :mod:`.configurations`.  Tiles of products depend on H, D,
-dtype and block size alone, and all kernels of a call have the same, so that no other size can change a score's bits.
+dtype and block size alone, and all kernels of a call have the same, so that no other size can change a score's bits;
+:func:`row_tile` has half of one where that adds up heads in the same order.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ FEW_ROWS = 16
 FEW_PAIRS = 2
 # Programs that fill any GPU a few times: with fewer, the work is cut finer.
 MANY_PROGRAMS = 2048
-# Tokens that go past one query together: as bits of a score go, 64 are as good as 128, and twice as many programs find
-# shared memory for what they copy ahead.
+# Tokens that go past one query together on sm_90, where four warps share a product of either size in the same way:
+# with half a tile twice as many programs find shared memory for what they copy ahead.
 ROW_TILE = 64
 # Programs that read keys past one query wait for memory alone: about as many as four to a multiprocessor, unless there
 # are more rows.
@@ -166,6 +167,12 @@ def by_block_launch(
     groups = lookup(_shape("by_block_groups", tiles, dtype, dim), architecture)
     most_rows, programs = groups.most_rows or MOST_ROWS, groups.programs or MANY_PROGRAMS
     return Launch(row.stages, tiles.num_warps, row.maxnreg, most_rows, programs)
+
+
+def row_tile(tiles: Tiles, architecture: Architecture) -> int:
+    """Tokens of a product of the refinement by row.  Elsewhere, or with more warps, heads would be added up in another
+    order in half a tile."""
+    return min(tiles.tile, ROW_TILE) if architecture == 90 and tiles.num_warps == 4 else tiles.tile
 
 
 def by_row_launch(tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture) -> Launch:

@@ -372,7 +372,7 @@ class _Call:
         work = self.query | self.keys | self.seen | at | self.shape
         work |= {"token_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch}
         if not self.plan.by_block:
-            tile = min(self.plan.tiles.tile, config.ROW_TILE)
+            tile = config.row_tile(self.plan.tiles, self.architecture)
             tiles = cdiv(self.plan.columns, tile)
             how = config.by_row_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
             share = cdiv(chunk.rows * tiles, max(how.programs, chunk.rows)) * tile

@@ -56,6 +56,11 @@ def chunks_of_rows(batch: int, queries: int, most: int, group: int = 1) -> Itera
             yield Chunk(b * queries, min(batches, batch - b) * queries, queries)
 
 
+def _most_rows(row_bytes: int) -> int:
+    """Of a chunk, that take so much of the workspace each."""
+    return max(1, min(config.WORKSPACE_BYTES // row_bytes, _MOST_ROWS))
+
+
 def rows_past_a_tile(rows: int, tiles: int, how: config.Launch) -> int:
     """Rows that go past one tile of vectors: as many as leave work for so many programs."""
     return max(1, min(how.most_rows, rows * tiles // how.programs))
@@ -122,11 +127,10 @@ class Plan:
         sampled = 0 if self.sample is None else self.sample.size
         self.pitch = 16 * cdiv(max(self.columns, self.blocks if self.prune else 0, packed, sampled), 16)
 
-        roomy = self.blocks <= config.ROOMY * block_topk
         row_bytes = 4 * self.pitch + 4 + 4 * heads
         if self.prune:
-            # Kept blocks, items of at least 4 pairs; lists with room, or the pairs and their places in the lists.
-            row_bytes += self.blocks + 4 + 12 * block_topk + (4 * self.blocks if roomy else 8 * block_topk)
+            # Kept blocks, their places among the pairs of a block, the pairs, and items of at least 4 pairs.
+            row_bytes += self.blocks + 4 + 20 * block_topk
             if self.sample is not None:
                 # Two heads, their dtype two bytes where float8 is taken apart; the threshold and the cap.
                 row_bytes += 2 * dim * max(2, dtype.itemsize) + 8
@@ -140,8 +144,12 @@ class Plan:
         if not self.one_tile:
             # Candidates and their scores, the guess, two counts a segment.
             row_bytes += 8 * config.SELECT_TILE + 4 + 8 * self.segments
-        most = max(1, min(config.WORKSPACE_BYTES // row_bytes, _MOST_ROWS))
         how = config.by_block_launch(self.tiles, dtype, dim, architecture)
+        # Lists with room in the place of the pairs and theirs, unless that takes more chunks.
+        with_room = row_bytes + 4 * self.blocks - 8 * block_topk
+        chunks, roomy_chunks = (cdiv(batch * queries, _most_rows(each)) for each in (row_bytes, with_room))
+        roomy = self.prune and self.blocks <= config.ROOMY * block_topk and roomy_chunks <= chunks
+        most = _most_rows(with_room if roomy else row_bytes)
         cached = config.CACHED_SCORES // (4 * self.pitch)
         if not self.one_tile and cached >= how.most_rows:
             most = min(most, cached)
