@@ -450,5 +450,5 @@ def test_workspace_does_not_grow_with_the_queries(tokens: int, block_topk: int, 
     assert allocated[:2] == [300_000 * 20 * 4] * 2
     if pruned:
         allocated.remove(blocks * 128 * 2)
-    # The lists of pairs: where each begins, and at most one item of work that is not full.
-    assert sum(allocated[2:]) <= config.WORKSPACE_BYTES + 12 * blocks + 8
+    # The lists of pairs: how long each is, where it ends, and at most one item of work that is not full.
+    assert sum(allocated[2:]) <= config.WORKSPACE_BYTES + (4 * config.COUNTS_APART + 12) * blocks + 8

@@ -29,7 +29,7 @@ def _towards(query, weights):
 
 
 @triton.jit(
-    do_not_specialize=["first_row", "rows_per_batch", "group_rows", "S", "T", "M", "lists"],
+    do_not_specialize=["first_row", "rows_per_batch", "group_rows", "S", "T", "M", "counts"],
 )
 def coarse_kernel(
     q_ptr, q_sb, q_ss, q_sh, q_sd,
@@ -41,7 +41,7 @@ def coarse_kernel(
     q_segment_ptr, q_segment_sb, q_segment_ss,
     k_segment_ptr, k_segment_sb, k_segment_st,
     means_ptr, means_sb, means_sm, means_sd, last_valid_ptr, low_ptr, high_ptr, block_scores_ptr, counts_ptr,
-    first_row, rows_per_batch, group_rows, S, T, M, pitch, lists,
+    first_row, rows_per_batch, group_rows, S, T, M, pitch, counts,
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, MOST_ROWS: tl.constexpr,
     STAGES: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr, SPREAD: tl.constexpr,
@@ -53,11 +53,11 @@ def coarse_kernel(
     touches may not be written.  The tile of means stays where it is while a group of ``group_rows`` <= MOST_ROWS rows
     of one batch goes past it, so a mean is read once a group and a query once a tile.
     With SPREAD there are D spreads behind each mean, and a second product, see ``reference.spread_queries``.
-    counts_ptr int32 [lists], where given, gets zeros, to be counted in by :func:`.select.select_blocks_kernel`.
+    counts_ptr int32 [counts], where given, gets zeros, to be counted in by :func:`.select.select_blocks_kernel`.
     """
     wait_for_kernel_before(OVERLAP)
     if counts_ptr is not None:
-        clear_counts(counts_ptr, lists, tl.arange(0, 128))
+        clear_counts(counts_ptr, counts, tl.arange(0, 128))
     tiles = tl.cdiv(M, TILE)
     groups = tl.cdiv(rows_per_batch, group_rows)
     tile = tl.program_id(0) % tiles

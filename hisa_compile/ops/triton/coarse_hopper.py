@@ -21,7 +21,7 @@ from .visible import group_window
         "S",
         "T",
         "M",
-        "lists",
+        "counts",
     ],
 )
 def coarse_hopper_kernel(
@@ -30,7 +30,7 @@ def coarse_hopper_kernel(
     start_ptr, start_sb, start_ss,
     end_ptr, end_sb, end_ss,
     block_scores_ptr, counts_ptr,
-    first_row, rows_per_batch, group_rows, S, T, M, pitch, lists,
+    first_row, rows_per_batch, group_rows, S, T, M, pitch, counts,
     H: gl.constexpr, D: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     PADDED_H: gl.constexpr, TILE_D: gl.constexpr, TILE: gl.constexpr, MOST_ROWS: gl.constexpr,
     STAGES: gl.constexpr, OF_CHUNK: gl.constexpr,
@@ -43,7 +43,7 @@ def coarse_hopper_kernel(
     """
     wait_for_kernel_before(OVERLAP)
     if counts_ptr is not None:
-        clear_counts(counts_ptr, lists, gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+        clear_counts(counts_ptr, counts, gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
     tiles = (M + TILE - 1) // TILE
     groups = (rows_per_batch + group_rows - 1) // group_rows
     tile = gl.program_id(0) % tiles

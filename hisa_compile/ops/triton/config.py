@@ -38,6 +38,8 @@ LIST_TILE = 64
 # Lists of pairs that each have room for all rows, up to so many times as much as the pairs need: else they lie one
 # behind another, which takes a sort.
 ROOMY = 16
+# There counts of neighbouring blocks are so many integers apart: the L2 cache adds to one at a time in 32 bytes.
+COUNTS_APART = 8
 # Items of a list that are written at once.
 LIST_PARTS = 16
 # Pairs that one program sorts by block.

@@ -77,20 +77,21 @@ def rows_of_program(
 
 
 @triton.jit
-def clear_counts(counts_ptr, lists, near):
-    """Zero counts_ptr int32 [lists], all programs together; ``near``: 0, 1, 2, ... as many as a step takes."""
+def clear_counts(counts_ptr, counts, near):
+    """Zero counts_ptr int32 [counts], all programs together; ``near``: 0, 1, 2, ... as many as a step takes."""
     STEP: tl.constexpr = near.shape[0]
-    for base in range(tl.program_id(0) * STEP, lists, tl.num_programs(0) * STEP):
-        tl.store(counts_ptr + base + near, near * 0, mask=base + near < lists)
+    for base in range(tl.program_id(0) * STEP, counts, tl.num_programs(0) * STEP):
+        tl.store(counts_ptr + base + near, near * 0, mask=base + near < counts)
 
 
-@triton.jit(do_not_specialize=["lists", "most_pairs", "room"])
+@triton.jit(do_not_specialize=["lists", "most_pairs", "room", "apart"])
 def list_items_kernel(
-    counts_ptr, offsets_ptr, items_ptr, item_count_ptr, lists, most_pairs, room,
+    counts_ptr, offsets_ptr, items_ptr, item_count_ptr, lists, most_pairs, room, apart,
     TILE: tl.constexpr, SUM_TILE: tl.constexpr, PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(lists, TILE)).  From the number of pairs of each (batch, block), counts_ptr int32 [lists]:
+    """Grid (cdiv(lists, TILE)).  From the number of pairs of each (batch, block), the first of its counts_ptr int32
+    [lists, apart]:
 
     offsets_ptr int32 [lists + 1] gets, behind a 0, where each list of pairs ends, items_ptr int32 [items, 2] (list,
     first pair) of every item of work, which is at most ``most_pairs`` pairs of one list, and item_count_ptr their
@@ -106,7 +107,7 @@ def list_items_kernel(
     all_full = tl.zeros([SUM_TILE], tl.int32)
     for before in range(0, lists, SUM_TILE):
         number = before + tl.arange(0, SUM_TILE)
-        count = tl.load(counts_ptr + number, mask=number < lists, other=0)
+        count = tl.load(counts_ptr + number * apart, mask=number < lists, other=0)
         all_full += count // most_pairs
         count = tl.where(number < base, count, 0)
         pairs += count
@@ -115,7 +116,7 @@ def list_items_kernel(
     first = tl.sum(pairs, axis=0)
     total_full = tl.sum(all_full, axis=0)
     number = base + tl.arange(0, TILE)
-    count = tl.load(counts_ptr + number, mask=number < lists, other=0)
+    count = tl.load(counts_ptr + number * apart, mask=number < lists, other=0)
     first_pair = first + tl.cumsum(count, axis=0) - count
     first_pair = tl.where(room > 0, number * room, first_pair)
     tl.store(offsets_ptr + number + 1, first_pair + count, mask=number < lists)

@@ -270,9 +270,9 @@ class _Call:
         work = self.query | self.seen | means | at | self.shape | {"BLOCK_SIZE": ranked.block_size, "TILE": tile}
         work["SPREAD"] = self.spread
         work |= {"block_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch, "M": ranked.blocks}
-        work |= {"counts_ptr": self.space.counts, "lists": chunk.batches * self.plan.blocks}
+        work |= {"counts_ptr": self.space.counts, "counts": self.plan.counts(chunk)}
         if self.plan.outer is not None:
-            work |= {"counts_ptr": self.space.listed_count, "lists": self.plan.probe_groups(chunk)}
+            work |= {"counts_ptr": self.space.listed_count, "counts": self.plan.probe_groups(chunk)}
         kernel: Any = coarse_kernel
         how = config.coarse_launch(self.plan.tiles, self.dtype, self.dim, self.architecture, self.coarse_copied)
         if self.coarse_copied:
@@ -308,7 +308,7 @@ class _Call:
             M=ranked.blocks,
             pitch=self.plan.pitch,
             block_topk=ranked.block_topk,
-            room=self.plan.room,
+            **self.plan.lists,
             BLOCK_SIZE=ranked.block_size,
             SLOTS=min(power_of_2(ranked.block_topk), config.EMIT_TILE),
             TILE=min(power_of_2(ranked.blocks), config.SELECT_TILE),
@@ -344,7 +344,7 @@ class _Call:
             counts_ptr=self.space.counts,
             lists=lists,
             most_pairs=self.plan.pairs_of_item,
-            room=self.plan.room,
+            **self.plan.lists,
             TILE=config.LIST_TILE,
             SUM_TILE=16 * config.LIST_TILE,
             PARTS=config.LIST_PARTS,

@@ -61,7 +61,7 @@ def launch_probe(call: _Call, chunk: Chunk, at: dict[str, int], sample: Sample) 
         "counts_ptr": call.space.counts,
         "splits": splits,
         "M": call.plan.blocks,
-        "lists": chunk.batches * call.plan.blocks,
+        "counts": call.plan.counts(chunk),
         "BLOCK_SIZE": call.block_size,
         "PADDED_BLOCK": power_of_2(call.block_size),
         "STAGES": how.stages,

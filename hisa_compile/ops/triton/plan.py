@@ -85,7 +85,7 @@ class Plan:
     sort_tile, sort_tiles, merged: how rows are put in order; a row of several tiles is merged.
     chunks: the rows in chunks; the workspace holds one.
     by_block: queries go past tiles of keys; else keys past a query.
-    pairs_listed, pairs_of_item, room: see :mod:`.group`; room is 0 where lists lie one behind another.
+    pairs_listed, pairs_of_item, room, lists: see :mod:`.group`; room is 0 where lists lie one behind another.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Plan:
             row_bytes += 8 * config.SELECT_TILE + 4 + 8 * self.segments
         how = config.by_block_launch(self.tiles, dtype, dim, architecture)
         # Lists with room in the place of the pairs and theirs, unless that takes more chunks.
-        with_room = row_bytes + 4 * self.blocks - 8 * block_topk
+        with_room = row_bytes + 4 * self.blocks - 8 * block_topk + cdiv(4 * config.COUNTS_APART * self.blocks, queries)
         chunks, roomy_chunks = (cdiv(batch * queries, _most_rows(each)) for each in (row_bytes, with_room))
         roomy = self.prune and self.blocks <= config.ROOMY * block_topk and roomy_chunks <= chunks
         most = _most_rows(with_room if roomy else row_bytes)
@@ -171,12 +171,17 @@ class Plan:
         )
         self.pairs_listed = self.by_block and self.prune
         self.room = self.chunks[0].of_batch if self.pairs_listed and roomy else 0
+        self.lists = {"room": self.room, "apart": config.COUNTS_APART if self.room else 1}
         self.block_topk = block_topk
         self.pairs_of_item = max(4, rows_past_a_tile(self.chunks[0].rows, block_topk, how))
 
     def probe_groups(self, chunk: Chunk) -> int:
         """Groups of rows that go past the probe's tiles of tokens together."""
         return chunk.batches * cdiv(chunk.of_batch, self.probe_tiles.rows)
+
+    def counts(self, chunk: Chunk) -> int:
+        """Integers in which the pairs of each list are counted, with what lies between them."""
+        return chunk.batches * self.blocks * self.lists["apart"]
 
     def most_items(self, chunk: Chunk) -> int:
         """A list of n pairs is cut into ceil(n / pairs_of_item) items."""

@@ -319,7 +319,7 @@ def greater(a, b):
 @triton.jit(
     do_not_specialize=[
         "mask_sb", "mask_ss", "mask_st", "first_row", "rows_per_batch", "splits", "S", "T", "M", "outer_blocks",
-        "lists",
+        "counts",
     ],
     do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr", "mask_ptr"],
 )  # fmt: skip
@@ -335,7 +335,7 @@ def probe_blocks_kernel(
     q_segment_ptr, q_segment_sb, q_segment_ss,
     k_segment_ptr, k_segment_sb, k_segment_st,
     outer_flag_ptr, listed_ptr, listed_count_ptr,
-    block_scores_ptr, counts_ptr, first_row, rows_per_batch, splits, S, T, M, outer_blocks, pitch, lists,
+    block_scores_ptr, counts_ptr, first_row, rows_per_batch, splits, S, T, M, outer_blocks, pitch, counts,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED_BLOCK: tl.constexpr, OUTER_SIZE: tl.constexpr,
     ROWS: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr,
     WIDEN: tl.constexpr, ONE_INSTRUCTION: tl.constexpr, OVERLAP: tl.constexpr,
@@ -351,7 +351,7 @@ def probe_blocks_kernel(
     """
     wait_for_kernel_before(OVERLAP)
     if counts_ptr is not None:
-        clear_counts(counts_ptr, lists, tl.arange(0, 128))
+        clear_counts(counts_ptr, counts, tl.arange(0, 128))
     batch, query, row, wanted, start, end = rows_of_group(
         tl.program_id(0) // splits, start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss,
         first_row, rows_per_batch, S, T, ROWS,

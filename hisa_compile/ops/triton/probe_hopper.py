@@ -62,7 +62,7 @@ def _tile_number(number, listed_ptr, TILES: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "k_batch_rows", "first_row", "rows_per_batch", "splits", "S", "T", "M", "outer_blocks", "lists",
+        "k_batch_rows", "first_row", "rows_per_batch", "splits", "S", "T", "M", "outer_blocks", "counts",
     ],
 )  # fmt: skip
 def probe_blocks_hopper_kernel(
@@ -72,7 +72,7 @@ def probe_blocks_hopper_kernel(
     start_ptr, start_sb, start_ss,
     end_ptr, end_sb, end_ss,
     outer_flag_ptr, listed_ptr, listed_count_ptr,
-    block_scores_ptr, counts_ptr, first_row, rows_per_batch, splits, S, T, M, outer_blocks, pitch, lists,
+    block_scores_ptr, counts_ptr, first_row, rows_per_batch, splits, S, T, M, outer_blocks, pitch, counts,
     D: gl.constexpr, BLOCK_SIZE: gl.constexpr, OUTER_SIZE: gl.constexpr, ROWS: gl.constexpr, TILE_D: gl.constexpr,
     TILE: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def probe_blocks_hopper_kernel(
     wait_for_kernel_before(OVERLAP)
     WARPS: gl.constexpr = gl.num_warps()
     if counts_ptr is not None:
-        clear_counts(counts_ptr, lists, gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [WARPS], [0])))
+        clear_counts(counts_ptr, counts, gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [WARPS], [0])))
     BITS: gl.constexpr = k_desc.dtype.primitive_bitwidth
     BYTES: gl.constexpr = TILE * TILE_D * BITS // 8
     VECTOR: gl.constexpr = 128 // BITS

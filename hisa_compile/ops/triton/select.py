@@ -49,12 +49,12 @@ def row_range(
     return first, past
 
 
-@triton.jit(do_not_specialize=["first_row", "rows_per_batch", "S", "T", "M", "block_topk", "room"])
+@triton.jit(do_not_specialize=["first_row", "rows_per_batch", "S", "T", "M", "block_topk", "room", "apart"])
 def select_blocks_kernel(
     start_ptr, start_sb, start_ss,
     end_ptr, end_sb, end_ss,
     block_scores_ptr, kept_ptr, kept_count_ptr, kept_flag_ptr, counts_ptr, rank_ptr, pairs_ptr,
-    first_row, rows_per_batch, S, T, M, pitch, block_topk, room,
+    first_row, rows_per_batch, S, T, M, pitch, block_topk, room, apart,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, ONE_TILE: tl.constexpr, SLOTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -62,10 +62,10 @@ def select_blocks_kernel(
 
     kept_ptr int32 [rows, block_topk] gets their numbers ascending (so that candidates lie in the order of their
     positions) and 0 behind them, kept_count_ptr int32 [rows] how many there are, both or neither; kept_flag_ptr int8
-    [rows, M], where given, which blocks they are, as far as the row's window touches them.  With counts_ptr int32
-    [batches * M] every kept block counts its row there.  The count before is the place of the pair, see :mod:`.group`,
-    among those of the block: pairs_ptr int32 [batches * M, room] gets the pair, or, where it is None, rank_ptr int32
-    [rows, block_topk] its place.
+    [rows, M], where given, which blocks they are, as far as the row's window touches them.  In the first of its block's
+    counts_ptr int32 [batches * M, apart], where given, every kept block counts its row.  The count before is the place
+    of the pair, see :mod:`.group`, among those of the block: pairs_ptr int32 [batches * M, room] gets the pair, or,
+    where it is None, rank_ptr int32 [rows, block_topk] its place.
     """
     wait_for_kernel_before(OVERLAP)
     row = tl.program_id(0)
@@ -135,7 +135,7 @@ def select_blocks_kernel(
         for first_slot in range(0, kept, SLOTS):
             slot = first_slot + tl.arange(0, SLOTS)
             block = tl.load(kept_ptr + slot, mask=slot < kept, other=0)
-            rank = tl.atomic_add(counts_ptr + first_list + block, 1, mask=slot < kept, sem="relaxed")
+            rank = tl.atomic_add(counts_ptr + (first_list + block) * apart, 1, mask=slot < kept, sem="relaxed")
             if pairs_ptr is not None:
                 pair = pair_of(row, slot, block, start, end, BLOCK_SIZE)
                 tl.store(pairs_ptr + (first_list + block) * room + rank, pair, mask=slot < kept)

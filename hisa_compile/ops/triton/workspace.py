@@ -81,7 +81,7 @@ class Workspace:
         if plan.pairs_listed:
             self.rank = None if plan.room else empty(rows, plan.block_topk)
             self.pairs = empty(lists * plan.room if plan.room else rows * plan.block_topk)
-            self.counts = empty(lists)
+            self.counts = empty(plan.counts(plan.chunks[0]))
             self.items = {
                 "items_ptr": empty(plan.most_items(plan.chunks[0]), 2),
                 "item_count_ptr": empty(1),
