@@ -65,12 +65,11 @@ FLUSH_BYTES = 256 * 2**20
 # Kernels whose times tell about a row of the table.
 BY_BLOCK = ("refine_by_block_kernel", "refine_by_block_hopper_kernel")
 MEASURED = {name: (f"{name}_kernel",) for name in FIELDS} | {
-    "by_block_groups": (*BY_BLOCK, "list_items_kernel", "sort_pairs_kernel"),
+    "by_block_groups": BY_BLOCK,
     # Of rows longer than one tile, too; among their sample as in a row of that length.
     "select_tokens": (
         "select_tokens_kernel",
         "guess_key_kernel",
-        "count_candidates_kernel",
         "list_candidates_kernel",
     ),
     "sort": ("sort_kernel", "sort_tiles_kernel", "merge_tiles_kernel"),
@@ -81,8 +80,8 @@ VARIATIONS: dict[str, tuple[dict[str, int | None], ...]] = {
     "coarse_hopper": ({"stages": 3}, {"maxnreg": 128}, {"programs": 186}, {"programs": 744}),
     "probe_blocks": ({"stages": 2}, {"stages": 3}, {"programs": 528}, {"programs": 1584}),
     "probe_blocks_hopper": ({"stages": 4}, {"maxnreg": 128}, {"programs": 528}, {"programs": 1584}),
-    "refine_by_block": ({"stages": 2}, {"stages": 3}, {"maxnreg": None}, {"maxnreg": 128}),
-    "refine_by_block_hopper": ({"stages": 3}, {"maxnreg": 96}, {"maxnreg": 128}, {"maxnreg": 168}),
+    "refine_by_block": ({"stages": 2}, {"stages": 3}, {"maxnreg": None}, {"maxnreg": 128}, {"programs": 4}),
+    "refine_by_block_hopper": ({"stages": 3}, {"maxnreg": 96}, {"maxnreg": 128}, {"maxnreg": 168}, {"programs": 8}),
     "by_block_groups": ({"programs": 4096}, {"programs": 1024, "most_rows": 64}),
     "refine_by_row": ({"stages": 2}, {"stages": 3}, {"stages": 4}, {"programs": 512}),
     "select_blocks": ({"num_warps": 1}, {"num_warps": 2}, {"num_warps": 4}),

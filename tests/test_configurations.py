@@ -159,9 +159,13 @@ def test_groups_of_the_table_come_before_the_constants(table: dict[Any, Any], mo
     found = launches(FP8, 64, 128, 90)
     assert found["by_block"][3:] == found["hopper"][3:] == (16, 64)
     assert launches(FP8, 32, 128, 90)["by_block"][3:] == (2, 1)
-    sizes = (1, 1024, 64, 128, 65536, 2048, Budget(128, 64), FP8, False)
-    assert Plan(*sizes, 90).pairs_of_item == 16
-    assert Plan(*sizes, 80).pairs_of_item == 4
+    tiles = config.score_tiles(64, 128, FP8, 128)
+    monkeypatch.setattr(config, "MANY_PROGRAMS", 7)
+    assert config.shares_of_pairs(tiles, FP8, 128, 128, 80, False, 132) == 7
+    table[90][Shape("refine_by_block", 1)] = Configuration(programs=8)
+    assert config.shares_of_pairs(tiles, FP8, 128, 128, 90, False, 10) == 80
+    assert config.shares_of_pairs(tiles, FP8, 128, 512, 90, False, 10) == 20
+    assert config.shares_of_pairs(tiles, FP8, 128, 128, 90, True, 114) == 4 * 114
 
 
 def test_rows_with_spreads_leave_no_room_for_wide_queries() -> None:
@@ -261,6 +265,7 @@ def test_rows_of_a_file_lie_over_the_table(table: dict[Any, Any], tmp_path: Path
     assert launches(torch.bfloat16, 8, 32, "gfx942")["coarse"].stages == 3
 
 
+NEITHER = {"maxnreg": None, "programs": None}
 BAD = {
     "unknown kernel 'sum'": COARSE | {"kernel": "sum"},
     "unknown kernel None": {"stages": 3},
@@ -279,7 +284,7 @@ BAD = {
     "itemsize is one of 1, 2, 4 or null, not 8": COARSE | {"itemsize": 8},
     "padded_heads is one of .* not 48": COARSE | {"padded_heads": 48},
     "width is one of .* not 1000": {"kernel": "sort", "num_warps": 8, "width": 1000},
-    "it copies a query while": {"kernel": "refine_by_block_hopper", "stages": 1, "maxnreg": None},
+    "it copies a query while": {"kernel": "refine_by_block_hopper", "stages": 1} | NEITHER,
     "a row is an object, not 'coarse'": "coarse",
 }
 
@@ -313,6 +318,14 @@ def test_bad_files_are_named(table: dict[Any, Any], tmp_path: Path, content: str
         path.write_text(content)
     with pytest.raises(ValueError, match=f"^HISA_COMPILE_TUNED: .*tuned.json: .*{message}"):
         configurations.load(path)
+
+
+def test_what_a_row_does_not_say_is_null(table: dict[Any, Any]) -> None:
+    """As in a file from before there was such a field."""
+    row = {"kernel": "refine_by_block_hopper", "stages": 3}
+    assert configurations.parse_row(row) == (Shape("refine_by_block_hopper"), Configuration(stages=3))
+    configurations.load(Path(__file__).parents[1] / "benchmarks" / "results" / "tuned_sm90.json")
+    assert lookup(Shape("refine_by_block_hopper", 1, 64, 128), 90).maxnreg == 128
 
 
 def test_the_environment_names_the_file(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from triton_cases import (
 from hisa_compile.ops import Budget, Visibility, reference
 from hisa_compile.ops.triton import config, gpu, launch, launch_pool
 from hisa_compile.ops.triton.finish import fill_kernel
-from hisa_compile.ops.triton.group import list_items_kernel, sort_pairs_kernel
+from hisa_compile.ops.triton.group import list_runs_kernel, sort_pairs_kernel
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
@@ -53,7 +53,8 @@ pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process star
 def test_equals_the_reference_bit_for_bit(case: Case, tiles: bool, roomy: int) -> None:
     """Any shapes, budget, visibility, dtype, layout and order, with the real tiles and with tiny ones."""
     if tiles:
-        with small_tiles(roomy=roomy):
+        # Lists with room are of several rows.
+        with small_tiles(workspace=5000 if roomy else 1, roomy=roomy):
             check(case)
     else:
         check(case)
@@ -95,12 +96,12 @@ def test_every_loop_runs_more_than_once(dtype: torch.dtype, mode: str) -> None:
 @pytest.mark.parametrize("roomy", [False, True], ids=["sorted", "with room"])
 @pytest.mark.parametrize("coarse", ["paper", "probe"])
 def test_pairs_are_listed_by_block(roomy: bool, coarse: str) -> None:
-    """Two sequences in a chunk, then chunks of parts of a sequence; several items a list."""
-    queries, tokens = (300, 3072) if ON_GPU else (9, 160)
+    """Two sequences in a chunk, then chunks of parts of a sequence; shares of several lists, and of a part of one."""
+    queries, tokens = (300, 640) if ON_GPU else (9, 160)
     case = whole_case(queries, tokens, 2, 16, torch.float16, 2, topk=20, block_size=16, block_topk=6)
     ends = torch.randint(0, tokens + 1, (2, queries), generator=torch.Generator().manual_seed(3))
     case |= {"coarse": coarse, "window_end": ends.int().to(DEVICE)}
-    values = {"ROOMY": 1000 if roomy else 0, "FEW_ROWS": 1, "FEW_PAIRS": 0, "MOST_ROWS": 4}
+    values = {"ROOMY": 1000 if roomy else 0, "FEW_ROWS": 1, "FEW_PAIRS": 0, "LEAST_SHARE": 1, "MANY_PROGRAMS": 7}
     score_tiles = config.score_tiles
 
     def small(*sizes: Any) -> config.Tiles:
@@ -109,7 +110,7 @@ def test_pairs_are_listed_by_block(roomy: bool, coarse: str) -> None:
     for workspace in (config.WORKSPACE_BYTES, 150_000 if ON_GPU else 4000):
         with mock.patch.multiple(config, score_tiles=small, WORKSPACE_BYTES=workspace, **values), launched() as kernels:
             check(case)
-        assert list_items_kernel in kernels
+        assert list_runs_kernel in kernels
         assert (sort_pairs_kernel in kernels) != roomy
 
 
@@ -419,16 +420,18 @@ def test_bits_depend_on_the_row_alone(dtype: torch.dtype, coarse: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "block_topk", "refinement"),
+    ("queries", "tokens", "block_topk", "refinement"),
     [
-        (10**6, 64, launch.refine_by_block_kernel),
-        (2**16, 64, launch.refine_by_block_kernel),
-        (2**16, 512, launch.refine_by_block_kernel),
+        (300_000, 10**6, 64, launch.refine_by_block_kernel),
+        (300_000, 2**16, 64, launch.refine_by_block_kernel),
+        # Lists with room.
+        (4096, 2**16, 64, launch.refine_by_block_kernel),
+        (300_000, 2**16, 512, launch.refine_by_block_kernel),
         # Rows so long that a chunk is too few of them.
-        (10**6, 7813, launch.refine_by_row_kernel),
+        (300_000, 10**6, 7813, launch.refine_by_row_kernel),
     ],
 )
-def test_workspace_does_not_grow_with_the_queries(tokens: int, block_topk: int, refinement: Any) -> None:
+def test_workspace_does_not_grow_with_the_queries(queries: int, tokens: int, block_topk: int, refinement: Any) -> None:
     """What one call allocates besides its outputs, counted at the allocations themselves."""
     allocated: list[int] = []
     empty = torch.empty
@@ -439,7 +442,7 @@ def test_workspace_does_not_grow_with_the_queries(tokens: int, block_topk: int, 
         return x
 
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.float16, device=DEVICE)
-    q, k = zero.expand(1, 300_000, 64, 128), zero[0].expand(1, tokens, 128)
+    q, k = zero.expand(1, queries, 64, 128), zero[0].expand(1, tokens, 128)
     with mock.patch.object(torch, "empty", counting), mock.patch.object(gpu, "launch") as launched:
         launch.indexer_topk_triton(q, k, q[..., 0], 20, Budget(128, block_topk), Visibility(), None, None, True, False)
     kernels = {call.args[0] for call in launched.call_args_list}
@@ -447,8 +450,12 @@ def test_workspace_does_not_grow_with_the_queries(tokens: int, block_topk: int, 
     pruned = blocks > block_topk
     assert refinement in kernels
     assert (launch.list_candidates_kernel in kernels) != pruned
-    assert allocated[:2] == [300_000 * 20 * 4] * 2
+    assert allocated[:2] == [queries * 20 * 4] * 2
     if pruned:
         allocated.remove(blocks * 128 * 2)
-    # The lists of pairs: how long each is, where it ends, and at most one item of work that is not full.
-    assert sum(allocated[2:]) <= config.WORKSPACE_BYTES + (4 * config.COUNTS_APART + 12) * blocks + 8
+    # The lists of pairs: how long each is and where it begins; and in which list each share begins.
+    roomy = pruned and launch.sort_pairs_kernel not in kernels
+    assert roomy == (queries == 4096)
+    apart = config.COUNTS_APART if roomy else 1
+    lists = (4 * apart + 12) * blocks + 8 + 4 * (config.MANY_PROGRAMS + 1) + 8
+    assert sum(allocated[2:]) <= config.WORKSPACE_BYTES + lists

@@ -254,6 +254,7 @@ def small_tiles(workspace: int = 1, roomy: int = 0) -> Iterator[None]:
         "ROOMY": roomy,
         "LIST_TILE": 2,
         "LIST_PARTS": 2,
+        "LEAST_SHARE": 2,
         "WORKSPACE_BYTES": workspace,
     }
     with mock.patch.multiple(config, **values):

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from .configurations import Architecture, Shape, lookup, width_class
+from .configurations import Architecture, Configuration, Shape, lookup, width_class
 from .sizes import power_of_2
 
 # Everything the operator allocates besides its outputs stays below this, but for what is linear in the number of keys
 # (block means, the last-valid table, bounds of segments, lists of pairs) and the least that a single row needs.
 WORKSPACE_BYTES = 58 * 2**20
-# Scores of a chunk of long rows, which are read twice, as long as these are as many rows as go past a tile of keys
-# together: an H100's L2 cache, of 50 MB, holds them.
+# Scores of a chunk of long rows, as long as these are as many rows as go past a tile of keys together: an H100's L2
+# cache, of 50 MB, holds them until they are read.
 CACHED_SCORES = 32 * 2**20
 # Entries that one program sorts; longer rows are sorted in tiles of this size and merged.
 SORT_TILE = 512
@@ -35,12 +35,15 @@ EMIT_TILE = 2048
 SCAN_TILE = 1024
 # Lists of pairs whose places one program works out.
 LIST_TILE = 64
-# Lists of pairs that each have room for all rows, up to so many times as much as the pairs need: else they lie one
-# behind another, which takes a sort.
+# A share of the refinement by block at least, in pairs and what it takes, in pairs, to begin with a list's keys.
+LEAST_SHARE = 4
+RUN_COST = 2
+# Lists of pairs that each have room for all rows, up to so many times as much as the pairs need and as long as rows
+# then take no more chunks: else they lie one behind another, which takes a sort.
 ROOMY = 16
 # There counts of neighbouring blocks are so many integers apart: the L2 cache adds to one at a time in 32 bytes.
 COUNTS_APART = 8
-# Items of a list that are written at once.
+# Shares that begin in a list and are written at once.
 LIST_PARTS = 16
 # Pairs that one program sorts by block.
 PAIR_TILE = 256
@@ -158,14 +161,30 @@ def probe_launch(
     return Launch(stages, tiles.num_warps, row.maxnreg, programs=row.programs or MANY_PROBE_PROGRAMS)
 
 
+def _by_block_row(
+    tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture, hopper: bool
+) -> Configuration:
+    shape = _shape("refine_by_block", tiles, dtype, dim)
+    if hopper:
+        shape = shape._replace(kernel="refine_by_block_hopper", tile=tiles.tile)
+    return lookup(shape, architecture)
+
+
+def shares_of_pairs(
+    tiles: Tiles, dtype: torch.dtype, dim: int, block_size: int, architecture: Architecture, hopper: bool, number: int
+) -> int:
+    """Into how many the refinement by block cuts the pairs on a GPU of ``number`` multiprocessors; each has a program
+    for every tile of a block."""
+    programs = _by_block_row(tiles, dtype, dim, architecture, hopper).programs
+    programs = MANY_PROGRAMS if programs is None else programs * number
+    return max(1, programs // max(1, block_size // tiles.tile))
+
+
 def by_block_launch(
     tiles: Tiles, dtype: torch.dtype, dim: int, architecture: Architecture, hopper: bool = False
 ) -> Launch:
     """``hopper``: of the version for sm_90; the groups are the same."""
-    shape = _shape("refine_by_block", tiles, dtype, dim)
-    if hopper:
-        shape = shape._replace(kernel="refine_by_block_hopper", tile=tiles.tile)
-    row = lookup(shape, architecture)
+    row = _by_block_row(tiles, dtype, dim, architecture, hopper)
     groups = lookup(_shape("by_block_groups", tiles, dtype, dim), architecture)
     most_rows, programs = groups.most_rows or MOST_ROWS, groups.programs or MANY_PROGRAMS
     return Launch(row.stages, tiles.num_warps, row.maxnreg, most_rows, programs)

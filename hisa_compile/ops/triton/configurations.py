@@ -24,17 +24,16 @@ DEFAULT = "default"
 # Minor revisions with the same multiprocessors take each other's rows.
 SAME_AS: dict[Architecture, Architecture] = {103: 100, 121: 120}
 
-# What a row says, by what it is for.  by_block_groups: how far lists of pairs, and rows where every block is kept, are
-# cut for the refinement by block, which is settled before it is known whether refine_by_block or its version for sm_90
-# runs.  The others are kernels; select_tokens has what :mod:`.long_rows` does before it with it, sort is all three of
-# :mod:`.finish`.
+# What a row says, by what it is for.  by_block_groups: how far rows are cut for the refinement by block where every
+# block is kept, which is settled before it is known whether refine_by_block or its version for sm_90 runs.  The others
+# are kernels; select_tokens has what :mod:`.long_rows` does before it with it, sort is all three of :mod:`.finish`.
 FIELDS: dict[str, tuple[str, ...]] = {
     "coarse": ("stages", "maxnreg", "most_rows", "programs"),
     "coarse_hopper": ("stages", "maxnreg", "most_rows", "programs"),
     "probe_blocks": ("stages", "maxnreg", "programs"),
     "probe_blocks_hopper": ("stages", "maxnreg", "programs"),
-    "refine_by_block": ("stages", "maxnreg"),
-    "refine_by_block_hopper": ("stages", "maxnreg"),
+    "refine_by_block": ("stages", "maxnreg", "programs"),
+    "refine_by_block_hopper": ("stages", "maxnreg", "programs"),
     "by_block_groups": ("most_rows", "programs"),
     "refine_by_row": ("stages", "maxnreg", "programs"),
     "select_blocks": ("num_warps", "maxnreg"),
@@ -78,7 +77,9 @@ class Configuration(NamedTuple):
     most_rows: rows that go past one tile at most, a power of 2; None is :data:`.config.MOST_ROWS`.
     programs: work is cut into no larger parts than leave so many programs, that of refine_by_row into about so many at
         most; None is :data:`.config.MANY_PROGRAMS`, for the coarse stage :data:`.config.MANY_COARSE_PROGRAMS` or
-        :data:`.config.MANY_COARSE_HOPPER_PROGRAMS`, for refine_by_row :data:`.config.MANY_ROW_PROGRAMS`.
+        :data:`.config.MANY_COARSE_HOPPER_PROGRAMS`, for refine_by_row :data:`.config.MANY_ROW_PROGRAMS`.  Of the
+        refinement by block it is how many of its equal shares of lists of pairs each multiprocessor gets: best as many
+        as run there at once.
     """
 
     stages: int = 1
@@ -103,13 +104,13 @@ _ANYWHERE: Rows = {
     Shape("refine_by_block", 1): Configuration(stages=3, maxnreg=128),
     Shape("refine_by_block", 2): Configuration(stages=2),
     Shape("refine_by_block", 4): Configuration(stages=1),
-    # Four programs on a multiprocessor in float8; twice the bytes of keys, or of heads, leave room for three.
-    Shape("refine_by_block_hopper", 1): Configuration(stages=2, maxnreg=128),
-    Shape("refine_by_block_hopper", 1, 256): Configuration(stages=2, maxnreg=168),
-    Shape("refine_by_block_hopper", 2): Configuration(stages=2, maxnreg=168),
+    # Four programs on a multiprocessor in float8; twice the bytes of keys leave room for three, more heads for fewer.
+    Shape("refine_by_block_hopper", 1): Configuration(stages=2, maxnreg=128, programs=4),
+    Shape("refine_by_block_hopper", 1, 256): Configuration(stages=2, maxnreg=168, programs=3),
+    Shape("refine_by_block_hopper", 2): Configuration(stages=2, maxnreg=168, programs=3),
     # Half the registers, and half the time in which the next query arrives.
-    Shape("refine_by_block_hopper", 1, tile=64): Configuration(stages=2, maxnreg=96),
-    Shape("refine_by_block_hopper", 2, tile=64): Configuration(stages=2, maxnreg=96),
+    Shape("refine_by_block_hopper", 1, tile=64): Configuration(stages=2, maxnreg=96, programs=5),
+    Shape("refine_by_block_hopper", 2, tile=64): Configuration(stages=2, maxnreg=96, programs=5),
     Shape("by_block_groups"): Configuration(),
     Shape("refine_by_row", 1): Configuration(stages=3),
     Shape("refine_by_row", 2): Configuration(stages=2),
@@ -211,10 +212,11 @@ def _value(name: str, value: Any) -> int | None:
 
 
 def parse_row(given: Any) -> tuple[Shape, Configuration]:
-    """A row of a file: the kernel, its class, of which what is absent is any, and all that FIELDS has for the kernel.
+    """A row of a file: the kernel, its class, of which what is absent is any, and what FIELDS has for the kernel, of
+    which what is absent is null.
 
     Raises:
-        ValueError: an unknown kernel or field, a field that is absent, a value that is not allowed.
+        ValueError: an unknown kernel or field, a field that is absent and can't be null, a value that is not allowed.
     """
     if not isinstance(given, dict):
         raise ValueError(f"a row is an object, not {given!r}")
@@ -225,10 +227,10 @@ def parse_row(given: Any) -> tuple[Shape, Configuration]:
     for name in given:
         if name not in ("kernel", *classes, *fields):
             raise ValueError(f"{kernel} has no field {name!r}; it has {', '.join((*classes, *fields))}")
-    if absent := [name for name in fields if name not in given]:
+    if absent := [name for name in fields if name in _ALWAYS and name not in given]:
         raise ValueError(f"a row for {kernel} also has {', '.join(absent)}")
     shape = Shape(kernel, **{name: _value(name, given[name]) for name in classes if name in given})
-    values: dict[str, Any] = {name: _value(name, given[name]) for name in fields}
+    values: dict[str, Any] = {name: _value(name, given.get(name)) for name in fields}
     if kernel.endswith("_hopper") and values["stages"] < 2:
         raise ValueError(f"stages of {kernel} are 2 to 8: it copies a query while it scores another")
     return shape, Configuration(**values)

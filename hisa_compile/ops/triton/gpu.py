@@ -65,6 +65,17 @@ def launch(kernel: Any, programs: int, how: Launch, **arguments: Any) -> Any:
     return kernel[(programs,)](**arguments, **options)
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of the GPU that holds ``x``; 1 of the interpreter."""
+    return _multiprocessors(x.device) if x.is_cuda else 1
+
+
 class Repeatable:
     """A launch that can be done again with other values of some arguments, in a fraction of the time on the host.
 

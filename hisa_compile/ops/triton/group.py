@@ -4,9 +4,9 @@ Neighbouring queries keep mostly the same blocks, and any 1024 queries keep each
 average.  With the pairs of a block side by side its keys are read once for many of them; query by query they are read
 anew each time, which at one byte an element is more than the L2 cache delivers in the time of the products.
 
-Floor: 64K pairs of 4 bytes, written and read: nothing; its two kernels take 6 microseconds, the time of their
-dependent loads (an H100, docs/kernels.md).  Where there are not too many blocks each list has room for all rows, and
-who finds the kept blocks writes the pairs; else they are sorted, so that memory does not grow with the context.
+Floor: 64K pairs of 4 bytes, written and read: nothing; it takes 2.5 microseconds, the time of dependent loads (an H100,
+docs/kernels.md).  Where that takes little memory each list has room for all rows, and who finds the kept blocks writes
+the pairs; else they are sorted, which takes a second kernel.
 
 A pair is row * 2^16 + slot: the row within the chunk and the place in its list of kept blocks, plus IS_CUT where the
 row's window does not hold the whole block: all others are seen whole as far as windows go.
@@ -42,38 +42,70 @@ def pair_slot(pair):
 
 
 @triton.jit
-def rows_of_program(
-    items_ptr, item_count_ptr, offsets_ptr, rows_per_batch, group_rows, T, M,
+def share_size(total, shares, least):
+    """Of each program but perhaps the last: all of them in so many ``shares``, and not less than ``least``."""
+    return tl.maximum(tl.cdiv(total, shares), least)
+
+
+@triton.jit
+def runs_of_program(
+    lists_ptr, first_list_ptr, totals_ptr, shares, least, rows_per_batch, group_rows, T,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A program's part of the refinement by block: (batch of the chunk, first token, inside, first, last).
+    """What a program of the refinement by block goes over: (low, high, inside, first run, past the last run).
 
-    The tile of tokens from the first on, ``inside`` so far into their block, and the pairs [first, last) of an item,
-    or, without items, the rows [first, last) of the batch; none of either where the program has no work.
+    With lists its share [low, high), see :func:`list_runs_kernel`, of a tile ``inside`` so far into their block; each
+    list is a run.  Without, the rows [low, high) of the batch as a run of their own: its number is that of a tile of
+    tokens, over all batches.  None of either where the program has no work.
     """
     program = tl.program_id(0)
-    inside = 0
-    if items_ptr is not None:
+    if lists_ptr is not None:
         PARTS: tl.constexpr = BLOCK_SIZE // TILE
-        item = program // PARTS
+        number = program // PARTS
         inside = program % PARTS * TILE
-        first = 0
-        last = 0
-        number = 0
-        if item < tl.load(item_count_ptr):
-            number = tl.load(items_ptr + 2 * item)
-            first = tl.load(items_ptr + 2 * item + 1)
-            last = tl.minimum(first + group_rows, tl.load(offsets_ptr + number + 1))
+        # The next share begins in this one's last list, or behind it.
+        run = tl.load(first_list_ptr + number)
+        past = tl.minimum(tl.load(first_list_ptr + number + 1) + 1, tl.load(totals_ptr + 1))
+        total = tl.load(totals_ptr)
+        share = share_size(total, shares, least)
+        low = number * share
+        high = tl.minimum(low + share, total)
+    else:
+        groups = (rows_per_batch + group_rows - 1) // group_rows
+        inside = 0
+        run = program // groups
+        past = run + 1
+        low = program % groups * group_rows
+        high = tl.minimum(low + group_rows, rows_per_batch)
+    return low, high, inside, run, past
+
+
+@triton.jit
+def rows_of_run(
+    lists_ptr, run, low, high, inside, T, M, room, run_cost,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A program's part of a run: (batch of the chunk, first token, first, last).
+
+    The tile of tokens from the first on, and the places of the pairs [first, last), or, without lists, the rows.
+    """
+    if lists_ptr is not None:
+        number = tl.load(lists_ptr + 2 * run)
+        begin = tl.load(lists_ptr + 2 * run + 1)
+        place = begin - run_cost * (run + 1)
+        if room > 0:
+            place = number * room
+        first = place + tl.maximum(low - begin, 0)
+        last = place + tl.minimum(high, tl.load(lists_ptr + 2 * run + 3) - run_cost) - begin
         batch_here = number // M
         first_token = (number % M).to(tl.int64) * BLOCK_SIZE + inside
     else:
-        groups = (rows_per_batch + group_rows - 1) // group_rows
         tiles = (T + TILE - 1) // TILE
-        batch_here = program // groups // tiles
-        first_token = (program // groups % tiles).to(tl.int64) * TILE
-        first = program % groups * group_rows
-        last = tl.minimum(first + group_rows, rows_per_batch)
-    return batch_here, first_token, inside, first, last
+        batch_here = run // tiles
+        first_token = (run % tiles).to(tl.int64) * TILE
+        first = low
+        last = high
+    return batch_here, first_token, first, last
 
 
 @triton.jit
@@ -84,57 +116,62 @@ def clear_counts(counts_ptr, counts, near):
         tl.store(counts_ptr + base + near, near * 0, mask=base + near < counts)
 
 
-@triton.jit(do_not_specialize=["lists", "most_pairs", "room", "apart"])
-def list_items_kernel(
-    counts_ptr, offsets_ptr, items_ptr, item_count_ptr, lists, most_pairs, room, apart,
+@triton.jit(do_not_specialize=["lists", "shares", "least", "run_cost", "apart"])
+def list_runs_kernel(
+    counts_ptr, offsets_ptr, lists_ptr, first_list_ptr, totals_ptr, lists, shares, least, run_cost, apart,
     TILE: tl.constexpr, SUM_TILE: tl.constexpr, PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(lists, TILE)).  From the number of pairs of each (batch, block), the first of its counts_ptr int32
-    [lists, apart]:
+    """Grid (cdiv(lists, TILE)).  Equal shares of the pairs of all (batch, block), list behind list, from the number of
+    pairs of each, the first of its counts_ptr int32 [lists, apart].
 
-    offsets_ptr int32 [lists + 1] gets, behind a 0, where each list of pairs ends, items_ptr int32 [items, 2] (list,
-    first pair) of every item of work, which is at most ``most_pairs`` pairs of one list, and item_count_ptr their
-    number.  Lists begin every ``room`` pairs, or, where that is 0, each where the one before ends.  Items of fewer
-    pairs come last: a GPU that has no more work is then idle for a short one's time at most.
+    A pair has one place in what is shared, and before a list's first ones ``run_cost`` places are taken by getting its
+    keys.  lists_ptr int32 [lists + 1, 2] gets (list, place of its first pair) of every one that has pairs, and behind
+    them the place that another one's would have; totals_ptr int32 [2] the number of all places and of these lists;
+    first_list_ptr int32 [shares + 1] which of them each share (see :func:`share_size`) begins in, their number where
+    none is left.  offsets_ptr int32 [lists], where given, gets the pairs before each list.
+    With equal shares, programs which run side by side end together, and begin their lists at different times.
     A program adds up what comes before its own lists by itself: they are few, and nobody has to wait.
     """
     wait_for_kernel_before(OVERLAP)
     base = tl.program_id(0) * TILE
     pairs = tl.zeros([SUM_TILE], tl.int32)
-    full = tl.zeros([SUM_TILE], tl.int32)
-    short = tl.zeros([SUM_TILE], tl.int32)
-    all_full = tl.zeros([SUM_TILE], tl.int32)
+    some = tl.zeros([SUM_TILE], tl.int32)
+    all_pairs = tl.zeros([SUM_TILE], tl.int32)
+    all_some = tl.zeros([SUM_TILE], tl.int32)
     for before in range(0, lists, SUM_TILE):
         number = before + tl.arange(0, SUM_TILE)
         count = tl.load(counts_ptr + number * apart, mask=number < lists, other=0)
-        all_full += count // most_pairs
-        count = tl.where(number < base, count, 0)
-        pairs += count
-        full += count // most_pairs
-        short += (count % most_pairs != 0).to(tl.int32)
-    first = tl.sum(pairs, axis=0)
-    total_full = tl.sum(all_full, axis=0)
+        is_some = (count > 0).to(tl.int32)
+        all_pairs += count
+        all_some += is_some
+        pairs += tl.where(number < base, count, 0)
+        some += tl.where(number < base, is_some, 0)
+    runs = tl.sum(all_some, axis=0)
+    total = tl.sum(all_pairs, axis=0) + run_cost * runs
+    share = share_size(total, shares, least)
     number = base + tl.arange(0, TILE)
     count = tl.load(counts_ptr + number * apart, mask=number < lists, other=0)
-    first_pair = first + tl.cumsum(count, axis=0) - count
-    first_pair = tl.where(room > 0, number * room, first_pair)
-    tl.store(offsets_ptr + number + 1, first_pair + count, mask=number < lists)
-    parts = count // most_pairs
-    rest = (count % most_pairs != 0).to(tl.int32)
-    item = tl.sum(full, axis=0) + tl.cumsum(parts, axis=0) - parts
-    short_item = total_full + tl.sum(short, axis=0) + tl.cumsum(rest, axis=0) - rest
-    for part in range(0, tl.max(parts, axis=0), PARTS):
+    is_some = count > 0
+    offset = tl.sum(pairs, axis=0) + tl.cumsum(count, axis=0) - count
+    run = tl.sum(some, axis=0) + tl.cumsum(is_some.to(tl.int32), axis=0) - 1
+    begin = offset + run_cost * (run + 1)
+    tl.store(lists_ptr + 2 * run, number, mask=is_some)
+    tl.store(lists_ptr + 2 * run + 1, begin, mask=is_some)
+    if offsets_ptr is not None:
+        tl.store(offsets_ptr + number, offset, mask=number < lists)
+    first_share = tl.cdiv(begin - run_cost, share)
+    beginning = tl.where(is_some, tl.cdiv(begin + count, share) - first_share, 0)
+    for part in range(0, tl.max(beginning, axis=0), PARTS):
         each = part + tl.arange(0, PARTS)[None, :]
-        place = items_ptr + 2 * (item[:, None] + each)
-        tl.store(place, number[:, None] + each * 0, mask=each < parts[:, None])
-        tl.store(place + 1, first_pair[:, None] + each * most_pairs, mask=each < parts[:, None])
-    tl.store(items_ptr + 2 * short_item, number, mask=rest != 0)
-    tl.store(items_ptr + 2 * short_item + 1, first_pair + parts * most_pairs, mask=rest != 0)
-    if base == 0:
-        tl.store(offsets_ptr, 0)
+        tl.store(first_list_ptr + first_share[:, None] + each, run[:, None], mask=each < beginning[:, None])
     if base + TILE >= lists:
-        tl.store(item_count_ptr, total_full + tl.sum(short, axis=0) + tl.sum(rest, axis=0))
+        tl.store(lists_ptr + 2 * runs + 1, total + run_cost)
+        tl.store(totals_ptr, total)
+        tl.store(totals_ptr + 1, runs)
+        for part in range(tl.cdiv(total, share), shares + 1, PARTS):
+            each = part + tl.arange(0, PARTS)
+            tl.store(first_list_ptr + each, runs, mask=each <= shares)
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "rows_per_batch", "S", "T", "M", "block_topk"])

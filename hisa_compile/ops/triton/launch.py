@@ -27,10 +27,10 @@ from .coarse import coarse_kernel, widen_queries_kernel
 from .config import Launch
 from .descriptor import WEIGHTS_ALIGNED, QueryRows, describe, describe_weights, key_rows, query_rows
 from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_kernel
-from .group import list_items_kernel, sort_pairs_kernel
+from .group import list_runs_kernel, sort_pairs_kernel
 from .launch_pool import launch_pool
 from .launch_probe import launch_probe
-from .long_rows import count_candidates_kernel, guess_key_kernel, list_candidates_kernel
+from .long_rows import guess_key_kernel, list_candidates_kernel
 from .operands import FP8_BITS
 from .overlap import AHEAD, BESIDE
 from .plan import Chunk, Level, Plan, rows_past_a_tile
@@ -174,7 +174,12 @@ class _Call:
             self.q_desc = describe(q, self.query_rows, tiles.padded_heads, tiles.tile_dim)
         of_probe = torch.float16 if fp8 == FP8_BITS else self.dtype
         filled_apart = not (windows_only and self.plan.window_suffices)
-        self.space = Workspace(self.plan, heads, self.dim, self.wide, of_probe, filled_apart, self.empty)
+        hopper = self.query_rows is not None
+        shares = config.shares_of_pairs(
+            tiles, self.dtype, self.dim, self.block_size, self.architecture, hopper, gpu.multiprocessors(q)
+        )
+        self.sharing = {"shares": shares, "least": config.LEAST_SHARE, "run_cost": config.RUN_COST}
+        self.space = Workspace(self.plan, heads, self.dim, self.wide, of_probe, filled_apart, shares, self.empty)
 
     def run(self) -> None:
         ranked = self.plan.by_means
@@ -308,7 +313,7 @@ class _Call:
             M=ranked.blocks,
             pitch=self.plan.pitch,
             block_topk=ranked.block_topk,
-            **self.plan.lists,
+            **self.plan.spacing,
             BLOCK_SIZE=ranked.block_size,
             SLOTS=min(power_of_2(ranked.block_topk), config.EMIT_TILE),
             TILE=min(power_of_2(ranked.blocks), config.SELECT_TILE),
@@ -334,21 +339,12 @@ class _Call:
         return q | {"w_desc": self.w_desc}
 
     def list_pairs(self, chunk: Chunk, at: dict[str, int]) -> None:
-        """The pairs (row, kept block) by block, and the items of work that they make."""
+        """The pairs (row, kept block) by block, and their shares."""
         lists = chunk.batches * self.plan.blocks
-        self.launch(
-            list_items_kernel,
-            cdiv(lists, config.LIST_TILE),
-            Launch(1, 4),
-            **self.space.items,
-            counts_ptr=self.space.counts,
-            lists=lists,
-            most_pairs=self.plan.pairs_of_item,
-            **self.plan.lists,
-            TILE=config.LIST_TILE,
-            SUM_TILE=16 * config.LIST_TILE,
-            PARTS=config.LIST_PARTS,
-        )
+        work: dict[str, Any] = {"counts_ptr": self.space.counts, "lists": lists, "apart": self.plan.spacing["apart"]}
+        work |= {"TILE": config.LIST_TILE, "SUM_TILE": 16 * config.LIST_TILE, "PARTS": config.LIST_PARTS}
+        work |= self.space.runs | self.sharing | {"offsets_ptr": self.space.offsets}
+        self.launch(list_runs_kernel, cdiv(lists, config.LIST_TILE), Launch(1, 4), **work)
         if self.plan.room:
             return
         self.launch(
@@ -357,7 +353,7 @@ class _Call:
             Launch(1, 4),
             **(self.window | self.space.kept | at),
             rank_ptr=self.space.rank,
-            offsets_ptr=self.space.items["offsets_ptr"],
+            offsets_ptr=self.space.offsets,
             pairs_ptr=self.space.pairs,
             rows=chunk.rows,
             rows_per_batch=chunk.of_batch,
@@ -377,8 +373,9 @@ class _Call:
             how = config.by_row_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
             share = cdiv(chunk.rows * tiles, max(how.programs, chunk.rows)) * tile
             groups = cdiv(self.plan.columns, share)
-            # Buffers that a short loop does not fill would only keep other programs away.
-            how = how._replace(stages=min(how.stages, share // tile))
+            # Buffers that no loop fills would only keep other programs away.  Not by the share: how many queries there
+            # are compiles nothing anew.
+            how = how._replace(stages=min(how.stages, tiles))
             self.launch(
                 refine_by_row_kernel,
                 chunk.rows * groups,
@@ -393,9 +390,9 @@ class _Call:
             return
         hopper = self.query_rows is not None
         how = config.by_block_launch(self.plan.tiles, self.dtype, self.dim, self.architecture, hopper)
+        group = 0
         if self.plan.pairs_listed:
-            group = self.plan.pairs_of_item
-            programs = self.plan.most_items(chunk) * (self.block_size // self.plan.tiles.tile)
+            programs = self.sharing["shares"] * (self.block_size // self.plan.tiles.tile)
         else:
             tiles = cdiv(self.tokens, self.plan.tiles.tile)
             group = rows_past_a_tile(chunk.rows, tiles, how)
@@ -411,10 +408,12 @@ class _Call:
             programs,
             how,
             **work,
-            **self.space.items,
+            **self.space.runs,
             pairs_ptr=self.space.pairs,
             rows_per_batch=chunk.of_batch,
             group_rows=group,
+            **self.sharing,
+            room=self.plan.room,
             M=self.plan.blocks,
             MOST_ROWS=how.most_rows,
             STAGES=how.stages,
@@ -431,14 +430,12 @@ class _Call:
             sample = min(config.LONG_SAMPLE, of_rows["TILE"])
             if self.plan.columns > config.LONG_COLUMNS:
                 sample = of_rows["TILE"]
-            guess = {"guess_ptr": self.space.guess}
+            work = of_rows | step | {"guess_ptr": self.space.guess, "segments": self.plan.segments}
+            work |= {"counts_ptr": self.space.column_counts}
             how_sample = config.select_launch("select_tokens", sample, self.architecture)
-            self.launch(guess_key_kernel, chunk.rows, how_sample, **of_rows, **guess, K=self.width, SAMPLE=sample)
-            segments = {"segments": self.plan.segments, "counts_ptr": self.space.column_counts}
+            self.launch(guess_key_kernel, chunk.rows, how_sample, **work, K=self.width, SAMPLE=sample)
             programs = chunk.rows * self.plan.segments
-            self.launch(count_candidates_kernel, programs, how, **of_rows, **guess, **segments)
-            self.launch(list_candidates_kernel, programs, how, **of_rows, **guess, **segments, **step,
-                   candidates_ptr=self.space.candidates)  # fmt: skip
+            self.launch(list_candidates_kernel, programs, how, **work, candidates_ptr=self.space.candidates)
         self.launch(
             select_tokens_kernel,
             chunk.rows,

@@ -70,7 +70,7 @@ class Plan:
     """``probe_topk``: topk where blocks go by the probe; ``outer``: inside which outer blocks, see ``coarse.outer_of``;
     ``spread``: whether a spread stands behind each mean.
 
-    Attributes, all from sizes, pairs_of_item from the architecture too:
+    Attributes, all from sizes:
 
     blocks, prune: how many blocks there are, and whether any is left out.
     inner, outer: the budget's blocks, and those by whose means they are looked for, if they are.
@@ -85,7 +85,7 @@ class Plan:
     sort_tile, sort_tiles, merged: how rows are put in order; a row of several tiles is merged.
     chunks: the rows in chunks; the workspace holds one.
     by_block: queries go past tiles of keys; else keys past a query.
-    pairs_listed, pairs_of_item, room, lists: see :mod:`.group`; room is 0 where lists lie one behind another.
+    pairs_listed, room, spacing: see :mod:`.group`; room is 0 where lists lie one behind another.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Plan:
 
         row_bytes = 4 * self.pitch + 4 + 4 * heads
         if self.prune:
-            # Kept blocks, their places among the pairs of a block, the pairs, and items of at least 4 pairs.
+            # Kept blocks, their places among the pairs of a block, the pairs, and lists of FEW_PAIRS on average.
             row_bytes += self.blocks + 4 + 20 * block_topk
             if self.sample is not None:
                 # Two heads, their dtype two bytes where float8 is taken apart; the threshold and the cap.
@@ -147,7 +147,9 @@ class Plan:
         how = config.by_block_launch(self.tiles, dtype, dim, architecture)
         # Lists with room in the place of the pairs and theirs, unless that takes more chunks.
         with_room = row_bytes + 4 * self.blocks - 8 * block_topk + cdiv(4 * config.COUNTS_APART * self.blocks, queries)
-        chunks, roomy_chunks = (cdiv(batch * queries, _most_rows(each)) for each in (row_bytes, with_room))
+        chunks, roomy_chunks = (
+            sum(1 for _ in chunks_of_rows(batch, queries, _most_rows(each))) for each in (row_bytes, with_room)
+        )
         roomy = self.prune and self.blocks <= config.ROOMY * block_topk and roomy_chunks <= chunks
         most = _most_rows(with_room if roomy else row_bytes)
         cached = config.CACHED_SCORES // (4 * self.pitch)
@@ -171,9 +173,8 @@ class Plan:
         )
         self.pairs_listed = self.by_block and self.prune
         self.room = self.chunks[0].of_batch if self.pairs_listed and roomy else 0
-        self.lists = {"room": self.room, "apart": config.COUNTS_APART if self.room else 1}
+        self.spacing = {"room": self.room, "apart": config.COUNTS_APART if self.room else 1}
         self.block_topk = block_topk
-        self.pairs_of_item = max(4, rows_past_a_tile(self.chunks[0].rows, block_topk, how))
 
     def probe_groups(self, chunk: Chunk) -> int:
         """Groups of rows that go past the probe's tiles of tokens together."""
@@ -181,10 +182,4 @@ class Plan:
 
     def counts(self, chunk: Chunk) -> int:
         """Integers in which the pairs of each list are counted, with what lies between them."""
-        return chunk.batches * self.blocks * self.lists["apart"]
-
-    def most_items(self, chunk: Chunk) -> int:
-        """A list of n pairs is cut into ceil(n / pairs_of_item) items."""
-        pairs = chunk.rows * self.block_topk
-        lists: int = chunk.batches * self.blocks
-        return pairs // self.pairs_of_item + min(lists, pairs)
+        return chunk.batches * self.blocks * self.spacing["apart"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .group import IS_CUT, pair_row, pair_slot, rows_of_program
+from .group import IS_CUT, pair_row, pair_slot, rows_of_run, runs_of_program
 from .keys import HIDDEN_BITS, score_bits
 from .operands import load_factor
 from .overlap import wait_for_kernel_before
@@ -20,9 +20,20 @@ from .visible import group_window, row_coordinates, row_segment, row_window, vis
 
 
 @triton.jit(
-    do_not_specialize=["first_row", "rows_per_batch", "group_rows", "S", "T", "M"],
+    do_not_specialize=[
+        "first_row",
+        "rows_per_batch",
+        "group_rows",
+        "shares",
+        "least",
+        "room",
+        "run_cost",
+        "S",
+        "T",
+        "M",
+    ],
     do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr"],
-)
+)  # fmt: skip
 def refine_by_block_kernel(
     q_ptr, q_sb, q_ss, q_sh, q_sd,
     k_ptr, k_sb, k_st, k_sd,
@@ -35,8 +46,8 @@ def refine_by_block_kernel(
     mask_ptr, mask_sb, mask_ss, mask_st,
     q_segment_ptr, q_segment_sb, q_segment_ss,
     k_segment_ptr, k_segment_sb, k_segment_st,
-    items_ptr, item_count_ptr, offsets_ptr, pairs_ptr, token_scores_ptr,
-    first_row, rows_per_batch, group_rows, S, T, pitch, M,
+    lists_ptr, first_list_ptr, totals_ptr, pairs_ptr, token_scores_ptr,
+    first_row, rows_per_batch, group_rows, shares, least, room, run_cost, S, T, pitch, M,
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_H: tl.constexpr, TILE_D: tl.constexpr, TILE: tl.constexpr, MOST_ROWS: tl.constexpr,
     STAGES: tl.constexpr, FP8: tl.constexpr, WIDEN: tl.constexpr,
@@ -44,81 +55,88 @@ def refine_by_block_kernel(
 ):  # fmt: skip
     """Scores of candidates for rows of one chunk; D <= TILE_D, and TILE divides BLOCK_SIZE.
 
-    With lists of pairs (see :mod:`.group`), grid (items * BLOCK_SIZE / TILE): an item's queries are the ``group_rows``
-    pairs from its first one on, as far as its list goes.  token_scores_ptr int32 [rows, pitch]: column j is token
-    j % BLOCK_SIZE of the row's kept block j // BLOCK_SIZE.
+    With lists of pairs (see :mod:`.group`), grid (shares * BLOCK_SIZE / TILE): a program's queries are those of its
+    share of the pairs, list after list.  token_scores_ptr int32 [rows, pitch]: column j is token j % BLOCK_SIZE of the
+    row's kept block j // BLOCK_SIZE.
 
-    Without (items_ptr is None, every block kept), grid (batches * tiles of TILE tokens * groups of ``group_rows``
+    Without (lists_ptr is None, every block kept), grid (batches * tiles of TILE tokens * groups of ``group_rows``
     rows): column j is token j, and tiles that no window of a group touches may not be written.
 
     Everywhere HIDDEN_BITS where the token is not visible.
     """
     wait_for_kernel_before(OVERLAP)
-    batch_here, first_token, inside, first, last = rows_of_program(
-        items_ptr, item_count_ptr, offsets_ptr, rows_per_batch, group_rows, T, M, BLOCK_SIZE, TILE
+    low, high, inside, first_run, past_run = runs_of_program(
+        lists_ptr, first_list_ptr, totals_ptr, shares, least, rows_per_batch, group_rows, T, BLOCK_SIZE, TILE
     )
-    batch = (first_row // S + batch_here).to(tl.int64)
     first_query = (first_row % S).to(tl.int64)
-    work = first < last
-    cut = False
-    if items_ptr is None:
-        touched, cut = group_window(
-            tl.arange(0, MOST_ROWS), first_token, first_token + TILE, start_ptr, start_sb, start_ss,
-            end_ptr, end_sb, end_ss, batch, first_query + first, last - first, T,
-        )  # fmt: skip
-        work = work & touched
+    look: tl.constexpr = valid_ptr is not None or mask_ptr is not None or k_segment_ptr is not None
+    position = tl.arange(0, TILE)
+    for run in range(first_run, past_run):
+        batch_here, first_token, first, last = rows_of_run(
+            lists_ptr, run, low, high, inside, T, M, room, run_cost, BLOCK_SIZE, TILE
+        )
+        batch = (first_row // S + batch_here).to(tl.int64)
+        cut = False
+        if lists_ptr is None:
+            touched, cut = group_window(
+                tl.arange(0, MOST_ROWS), first_token, first_token + TILE, start_ptr, start_sb, start_ss,
+                end_ptr, end_sb, end_ss, batch, first_query + first, last - first, T,
+            )  # fmt: skip
+            if touched == 0:
+                last = first
 
-    if work:
-        q_ptr += batch * q_sb
-        if valid_ptr is not None:
-            valid_ptr += batch * valid_sb
-        if mask_ptr is not None:
-            mask_ptr += batch * mask_sb
-        if k_segment_ptr is not None:
-            k_segment_ptr += batch * k_segment_sb
-        position = tl.arange(0, TILE)
-        token = first_token + position
-        exists = token < T
-        scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, exists)
-        factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, exists)
-        any_negative = is_any_negative(scale)
-        keys = load_vectors(k_ptr + batch * k_sb + token * k_st, k_sd, exists, 0, D, TILE_D, FP8)
+        if first < last:
+            q_of_batch = q_ptr + batch * q_sb
+            valid_of_batch = valid_ptr
+            if valid_ptr is not None:
+                valid_of_batch = valid_ptr + batch * valid_sb
+            k_segment_of_batch = k_segment_ptr
+            if k_segment_ptr is not None:
+                k_segment_of_batch = k_segment_ptr + batch * k_segment_sb
+            token = first_token + position
+            exists = token < T
+            scale = load_factor(scale_ptr, scale_sb, scale_st, batch, token, exists)
+            factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, exists)
+            any_negative = is_any_negative(scale)
+            keys = load_vectors(k_ptr + batch * k_sb + token * k_st, k_sd, exists, 0, D, TILE_D, FP8)
 
-        look: tl.constexpr = valid_ptr is not None or mask_ptr is not None or k_segment_ptr is not None
-        # A pair is loaded an iteration early, so that the address of its query is known when the query is fetched.
-        pair = first
-        if items_ptr is not None:
-            pair = tl.load(pairs_ptr + first)
-        for i in tl.range(first, last, num_stages=STAGES):
-            if items_ptr is not None:
-                row = pair_row(pair)
-                column = pair_slot(pair) * BLOCK_SIZE + inside
-                cut = (pair & IS_CUT) != 0
-                pair = tl.load(pairs_ptr + i + 1, mask=i + 1 < last, other=0)
-                query_index = first_query + (row - batch_here * rows_per_batch)
-            else:
-                row = batch_here * rows_per_batch + i
-                column = first_token
-                query_index = first_query + i
-            query = load_query(q_ptr + query_index * q_ss, q_sh, q_sd, 0, H, D, PADDED_H, TILE_D, FP8)
-            weights = load_weights(w_ptr + row.to(tl.int64) * w_sr, H, PADDED_H)
-            products = multiply(keys, query, tl.zeros([TILE, PADDED_H], tl.float32), WIDEN)
-            scores = head_sum(products, weights, real_heads(H, PADDED_H), scale, any_negative, factor)
-            bits = score_bits(scores, None)
-            if look or cut:
-                start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
-                segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query_index)
-                row_mask_ptr = mask_ptr
-                if mask_ptr is not None:
-                    row_mask_ptr += query_index * mask_ss
-                visible = visible_tokens(
-                    token, start, end, valid_ptr, valid_st, row_mask_ptr, mask_st, k_segment_ptr, k_segment_st, segment
-                )
-                bits = tl.where(visible, bits, HIDDEN_BITS)
-            # Whole tiles, also past the last token, as far as the row of scores goes: selection reads more than it
-            # needs.
-            inside_row = column + position < pitch
-            tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column + position, bits, mask=inside_row)
+            # A pair is loaded an iteration early, so that the address of its query is known when the query is fetched.
+            pair = first
+            if lists_ptr is not None:
+                pair = tl.load(pairs_ptr + first)
+            for i in tl.range(first, last, num_stages=STAGES):
+                if lists_ptr is not None:
+                    row = pair_row(pair)
+                    column = pair_slot(pair) * BLOCK_SIZE + inside
+                    cut = (pair & IS_CUT) != 0
+                    pair = tl.load(pairs_ptr + i + 1, mask=i + 1 < last, other=0)
+                    query_index = first_query + (row - batch_here * rows_per_batch)
+                else:
+                    row = batch_here * rows_per_batch + i
+                    column = first_token
+                    query_index = first_query + i
+                query = load_query(q_of_batch + query_index * q_ss, q_sh, q_sd, 0, H, D, PADDED_H, TILE_D, FP8)
+                weights = load_weights(w_ptr + row.to(tl.int64) * w_sr, H, PADDED_H)
+                products = multiply(keys, query, tl.zeros([TILE, PADDED_H], tl.float32), WIDEN)
+                scores = head_sum(products, weights, real_heads(H, PADDED_H), scale, any_negative, factor)
+                bits = score_bits(scores, None)
+                if look or cut:
+                    start, end = row_window(
+                        start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T
+                    )
+                    segment = row_segment(q_segment_ptr, q_segment_sb, q_segment_ss, batch, query_index)
+                    row_mask_ptr = mask_ptr
+                    if mask_ptr is not None:
+                        row_mask_ptr = mask_ptr + (batch * mask_sb + query_index * mask_ss)
+                    visible = visible_tokens(
+                        token, start, end, valid_of_batch, valid_st, row_mask_ptr, mask_st,
+                        k_segment_of_batch, k_segment_st, segment,
+                    )  # fmt: skip
+                    bits = tl.where(visible, bits, HIDDEN_BITS)
+                # Whole tiles, also past the last token, as far as the row of scores goes: selection reads more than it
+                # needs.
+                inside_row = column + position < pitch
+                tl.store(token_scores_ptr + row.to(tl.int64) * pitch + column + position, bits, mask=inside_row)
 
 
 # Kept blocks that a warp has in a register, one a lane.

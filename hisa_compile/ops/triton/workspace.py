@@ -21,7 +21,7 @@ class Workspace:
     selected_count: of the best tokens of each row, where a kernel of its own fills rows up.
     kept, kept_flag: the kept blocks, see :func:`.select.select_blocks_kernel`; none where every block is kept, no flags
         where no kernel of its own fills rows up.
-    counts, rank, pairs, items: the pairs by block, see :mod:`.group`, where they are listed; rank, where they are
+    counts, pairs, runs: the pairs by block, see :mod:`.group`, where they are listed; rank, offsets: where they are
         sorted.
     candidates, guess, column_counts: of rows too long for one program, see :mod:`.long_rows`.
     packed: of rows sorted in tiles, see :func:`.finish.sort_tiles_kernel`, in the place of score_bits.
@@ -41,6 +41,7 @@ class Workspace:
         wide: torch.dtype | None,
         probe: torch.dtype,
         filled_apart: bool,
+        shares: int,
         empty: Callable[..., Tensor],
     ) -> None:
         rows = plan.chunks[0].rows
@@ -49,7 +50,8 @@ class Workspace:
         self.score_bits = empty(rows, plan.pitch)
         self.selected_count = empty(rows) if filled_apart else None
         self.kept: dict[str, Tensor | None] = {"kept_ptr": None, "kept_count_ptr": None}
-        self.items: dict[str, Tensor | None] = {"items_ptr": None, "item_count_ptr": None, "offsets_ptr": None}
+        self.runs: dict[str, Tensor | None] = {"lists_ptr": None, "first_list_ptr": None, "totals_ptr": None}
+        self.offsets: Tensor | None = None
         self.kept_flag: Tensor | None = None
         self.counts: Tensor | None = None
         self.rank: Tensor | None = None
@@ -82,11 +84,8 @@ class Workspace:
             self.rank = None if plan.room else empty(rows, plan.block_topk)
             self.pairs = empty(lists * plan.room if plan.room else rows * plan.block_topk)
             self.counts = empty(plan.counts(plan.chunks[0]))
-            self.items = {
-                "items_ptr": empty(plan.most_items(plan.chunks[0]), 2),
-                "item_count_ptr": empty(1),
-                "offsets_ptr": empty(lists + 1),
-            }
+            self.offsets = None if plan.room else empty(lists)
+            self.runs = {"lists_ptr": empty(lists + 1, 2), "first_list_ptr": empty(shares + 1), "totals_ptr": empty(2)}
         if not plan.one_tile:
             self.candidates = empty(rows, 2, config.SELECT_TILE)
             self.guess = empty(rows)
