@@ -66,6 +66,8 @@ FLUSH_BYTES = 256 * 2**20
 BY_BLOCK = ("refine_by_block_kernel", "refine_by_block_hopper_kernel")
 MEASURED = {name: (f"{name}_kernel",) for name in FIELDS} | {
     "by_block_groups": BY_BLOCK,
+    "refine_by_block": (BY_BLOCK[0], "list_runs_kernel"),
+    "refine_by_block_hopper": (BY_BLOCK[1], "list_runs_kernel"),
     # Of rows longer than one tile, too; among their sample as in a row of that length.
     "select_tokens": (
         "select_tokens_kernel",
@@ -107,10 +109,13 @@ class Case(NamedTuple):
 def cases(shapes: Sequence[str], points: Sequence[str], kernels: Sequence[str]) -> list[Case]:
     made = []
     for number, shape in enumerate(shapes):
-        known = tuple(name for name in kernels if name != "sort" and (number == 0 or name not in WIDE))
+        whole = tuple(name for name in kernels if name != "sort" and (number == 0 or name not in WIDE))
+        made.append(Case(EVERY, f"{shape} {EVERY}", shape, "", whole))
+        # Lists of pairs are cut into shares.
+        known = tuple(name for name in whole if name != "by_block_groups")
         made.append(Case(PREFILL, f"{shape} {PREFILL}", shape, "", known))
         if shape.endswith("-64x128"):
-            made += [Case(kind, f"{shape} {kind}", shape, "", known) for kind in (EVERY, PROBE, HALF)]
+            made += [Case(kind, f"{shape} {kind}", shape, "", known) for kind in (PROBE, HALF)]
         made += [Case(DECODE, f"{shape} {point}", shape, point, known) for point in points]
         if number == 0 and "sort" in kernels:
             made.append(Case(SORTED, f"{shape} {SORTED}", shape, "", ("sort",)))
