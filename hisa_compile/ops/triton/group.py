@@ -21,6 +21,8 @@ from .overlap import wait_for_kernel_before
 from .visible import row_coordinates, row_window
 
 IS_CUT = tl.constexpr(2**15)
+# Of the refinements by block, on any GPU: what changes from call to call and compiles nothing anew.
+NOT_SPECIALIZED = ["first_row", "rows_per_batch", "group_rows", "shares", "least", "room", "run_cost", "S", "T", "M"]
 
 
 @triton.jit

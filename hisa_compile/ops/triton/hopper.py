@@ -12,7 +12,7 @@ of an H100 if nothing else happens, in float8; what comes on top is what this ke
   among its own registers;
 - 128 registers a thread in float8, so that four programs share a multiprocessor and one adds up while others multiply.
 
-Floor of the refinement: 2 * S * m * B * H * D operations, 137 GFLOP for 1024 queries, 96 microseconds at the 1424
+Floor of the refinement: 2 * S * m * B * H * D operations, 137 GFLOP for 1024 queries, 96 microseconds at the 1427
 TFLOP/s of a large float8 product; it takes 146, and products with sums alone 128: an H100 at the limit of its power
 (docs/kernels.md).
 
@@ -174,7 +174,7 @@ def score_tile_of_rows(
     factor = load_factor(k_weight_ptr, k_weight_sb, k_weight_st, batch, token, token < x_count)
     if scale is not None:  # noqa: SIM102 (the one is known when the kernel is compiled, the other is not)
         if is_any_negative(scale):
-            # Here a vector's sign, which is rare, costs nothing a query, and sums have the same bits but for theirs.
+            # Of a vector its sign, which is rare, costs nothing a query; of products it is the same, bit for bit.
             sign = load_factor(scale_ptr, scale_sb, scale_st, batch, vector, vector < x_count)
             keys = _with_sign(keys, sign)
     keys = gl.convert_layout(keys, of_keys)

@@ -70,7 +70,7 @@ class Plan:
     """``probe_topk``: topk where blocks go by the probe; ``outer``: inside which outer blocks, see ``coarse.outer_of``;
     ``spread``: whether a spread stands behind each mean.
 
-    Attributes, all from sizes:
+    Attributes, all from sizes, chunks from the architecture too:
 
     blocks, prune: how many blocks there are, and whether any is left out.
     inner, outer: the budget's blocks, and those by whose means they are looked for, if they are.
@@ -147,10 +147,12 @@ class Plan:
         how = config.by_block_launch(self.tiles, dtype, dim, architecture)
         # Lists with room in the place of the pairs and theirs, unless that takes more chunks.
         with_room = row_bytes + 4 * self.blocks - 8 * block_topk + cdiv(4 * config.COUNTS_APART * self.blocks, queries)
-        chunks, roomy_chunks = (
-            sum(1 for _ in chunks_of_rows(batch, queries, _most_rows(each))) for each in (row_bytes, with_room)
-        )
-        roomy = self.prune and self.blocks <= config.ROOMY * block_topk and roomy_chunks <= chunks
+        roomy = self.prune and self.blocks <= config.ROOMY * block_topk
+        if roomy:
+            fewest, own = (
+                sum(1 for _ in chunks_of_rows(batch, queries, _most_rows(each))) for each in (row_bytes, with_room)
+            )
+            roomy = own <= fewest
         most = _most_rows(with_room if roomy else row_bytes)
         cached = config.CACHED_SCORES // (4 * self.pitch)
         if not self.one_tile and cached >= how.most_rows:

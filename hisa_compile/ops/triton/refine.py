@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .group import IS_CUT, pair_row, pair_slot, rows_of_run, runs_of_program
+from .group import IS_CUT, NOT_SPECIALIZED, pair_row, pair_slot, rows_of_run, runs_of_program
 from .keys import HIDDEN_BITS, score_bits
 from .operands import load_factor
 from .overlap import wait_for_kernel_before
@@ -20,20 +20,9 @@ from .visible import group_window, row_coordinates, row_segment, row_window, vis
 
 
 @triton.jit(
-    do_not_specialize=[
-        "first_row",
-        "rows_per_batch",
-        "group_rows",
-        "shares",
-        "least",
-        "room",
-        "run_cost",
-        "S",
-        "T",
-        "M",
-    ],
+    do_not_specialize=NOT_SPECIALIZED,
     do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr"],
-)  # fmt: skip
+)
 def refine_by_block_kernel(
     q_ptr, q_sb, q_ss, q_sh, q_sd,
     k_ptr, k_sb, k_st, k_sd,

@@ -5,27 +5,14 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .group import rows_of_run, runs_of_program
+from .group import NOT_SPECIALIZED, rows_of_run, runs_of_program
 from .hopper import score_tile_of_rows
 from .overlap import wait_for_kernel_before
 from .visible import group_window
 
 
 @gluon.jit(
-    do_not_specialize=[
-        "q_query_rows",
-        "q_batch_rows",
-        "first_row",
-        "rows_per_batch",
-        "group_rows",
-        "shares",
-        "least",
-        "room",
-        "run_cost",
-        "S",
-        "T",
-        "M",
-    ],
+    do_not_specialize=["q_query_rows", "q_batch_rows", *NOT_SPECIALIZED],
     do_not_specialize_on_alignment=["scale_ptr", "k_weight_ptr"],
 )
 def refine_by_block_hopper_kernel(
