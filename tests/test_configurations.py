@@ -206,6 +206,22 @@ def test_chunks_hold_all_rows_in_order(batch: int, queries: int, most: int, grou
             assert last or group > most or chunk.rows % group == 0
 
 
+def test_the_multiprocessors_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its own GPU, asked for once a device; the interpreter is one."""
+    assert gpu.multiprocessors(torch.zeros(1)) == 1
+    asked: list[Any] = []
+    counts = {"cuda:0": SimpleNamespace(multi_processor_count=132), "cuda:1": SimpleNamespace(multi_processor_count=78)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda x: asked.append(x) or counts[x])
+    gpu._multiprocessors.cache_clear()
+    try:
+        for _ in range(2):
+            assert gpu.multiprocessors(SimpleNamespace(is_cuda=True, device="cuda:0")) == 132
+            assert gpu.multiprocessors(SimpleNamespace(is_cuda=True, device="cuda:1")) == 78
+        assert asked == ["cuda:0", "cuda:1"]
+    finally:
+        gpu._multiprocessors.cache_clear()
+
+
 def test_the_architecture_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The capability, or AMD's name without its features, asked for once a device; the CPU's is the default."""
     assert gpu.architecture(torch.zeros(1)) == DEFAULT
