@@ -111,7 +111,7 @@ def cases(shapes: Sequence[str], points: Sequence[str], kernels: Sequence[str]) 
     for number, shape in enumerate(shapes):
         whole = tuple(name for name in kernels if name != "sort" and (number == 0 or name not in WIDE))
         made.append(Case(EVERY, f"{shape} {EVERY}", shape, "", whole))
-        # Lists of pairs are cut into shares.
+        # These have lists of pairs, which are cut into shares instead.
         known = tuple(name for name in whole if name != "by_block_groups")
         made.append(Case(PREFILL, f"{shape} {PREFILL}", shape, "", known))
         if shape.endswith("-64x128"):
