@@ -436,6 +436,8 @@ class _Call:
             self.launch(guess_key_kernel, chunk.rows, how_sample, **work, K=self.width, SAMPLE=sample)
             programs = chunk.rows * self.plan.segments
             self.launch(list_candidates_kernel, programs, how, **work, candidates_ptr=self.space.candidates)
+            # Among candidates it is a row of a tile.
+            how = config.select_launch("select_tokens", of_rows["TILE"], self.architecture)
         self.launch(
             select_tokens_kernel,
             chunk.rows,

@@ -67,9 +67,11 @@ def _sum_when_counted(counts_ptr, past, STEP: tl.constexpr):
     for first in range(0, past, STEP):
         entry = first + tl.arange(0, STEP)
         counts = tl.atomic_add(counts_ptr + entry, 0, mask=entry < past, sem="relaxed")
-        while tl.min(tl.where(entry < past, counts, 0), axis=0) < 0:
-            counts = tl.atomic_add(counts_ptr + entry, 0, mask=entry < past, sem="relaxed")
-        total += tl.sum(tl.where(entry < past, counts, 0), axis=0)
+        counts = tl.where(entry < past, counts, 0)
+        while tl.min(counts, axis=0) < 0:
+            now = tl.atomic_add(counts_ptr + entry, 0, mask=counts < 0, sem="relaxed")
+            counts = tl.where(counts < 0, now, counts)
+        total += tl.sum(counts, axis=0)
     return total
 
 
