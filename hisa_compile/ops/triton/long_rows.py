@@ -6,7 +6,7 @@ writes their columns in order.  :func:`.select.select_tokens_kernel` selects amo
 guess is checked there by their number; where it was wrong (thousands of equal keys) that kernel reads the whole row.
 
 Floor: the row once; 1024 rows of 64K columns are 256 MiB, 90 microseconds at 3 TB/s, less where the L2 cache holds a
-chunk; its two kernels take 32 a chunk of 128 rows (an H100, docs/kernels.md).
+chunk; its two kernels take 33 a chunk of 128 rows (an H100, docs/kernels.md).
 """
 
 from __future__ import annotations
