@@ -55,7 +55,7 @@ DTYPES = {"fp8": FP8, "bf16": torch.bfloat16}
 SHAPES = tuple(f"{dtype}-{sizes}" for sizes in ("64x128", "32x128", "64x64", "32x64") for dtype in DTYPES)
 POINTS = ("1x32K", "8x32K", "32x32K", "1x128K", "8x128K", "32x128K")
 PREFILL, EVERY, DECODE, SORTED = "prefill", "every", "decode", "sorted"
-PROBE, HALF = "probe", "half"
+PROBE, HALF, QUARTER = "probe", "half", "quarter"
 QUERIES, CONTEXT = 1024, 64 * K
 # A row that gains less than this is as good as today's.
 LEAST_GAIN = 1.02
@@ -86,6 +86,7 @@ VARIATIONS: dict[str, tuple[dict[str, int | None], ...]] = {
     "refine_by_block_hopper": ({"stages": 3}, {"maxnreg": 96}, {"maxnreg": 128}, {"maxnreg": 168}, {"programs": 8}),
     "by_block_groups": ({"programs": 4096}, {"programs": 1024, "most_rows": 64}),
     "refine_by_row": ({"stages": 2}, {"stages": 3}, {"stages": 4}, {"programs": 512}),
+    "refine_by_row_hopper": ({"stages": 2, "maxnreg": 128}, {"maxnreg": 96}, {"stages": 4}, {"programs": 4096}),
     "select_blocks": ({"num_warps": 1}, {"num_warps": 2}, {"num_warps": 4}),
     "select_tokens": ({"num_warps": 4}, {"num_warps": 16}),
     "sort": ({"num_warps": 4}, {"num_warps": 16}),
@@ -115,7 +116,7 @@ def cases(shapes: Sequence[str], points: Sequence[str], kernels: Sequence[str]) 
         known = tuple(name for name in whole if name != "by_block_groups")
         made.append(Case(PREFILL, f"{shape} {PREFILL}", shape, "", known))
         if shape.endswith("-64x128"):
-            made += [Case(kind, f"{shape} {kind}", shape, "", known) for kind in (PROBE, HALF)]
+            made += [Case(kind, f"{shape} {kind}", shape, "", known) for kind in (PROBE, HALF, QUARTER)]
         made += [Case(DECODE, f"{shape} {point}", shape, point, known) for point in points]
         if number == 0 and "sort" in kernels:
             made.append(Case(SORTED, f"{shape} {SORTED}", shape, "", ("sort",)))
@@ -155,8 +156,10 @@ def call_of(case: Case) -> Call:
         return programs.every_block(given)
     if case.kind == PROBE:
         return programs.hisa(given, coarse="probe")
-    if case.kind == HALF:
-        return programs.hisa(given, 2 * programs.BLOCK_TOPK, coarse="probe", block_size=programs.BLOCK_SIZE // 2)
+    if case.kind in (HALF, QUARTER):
+        parts = 2 if case.kind == HALF else 4
+        block_size = programs.BLOCK_SIZE // parts
+        return programs.hisa(given, parts * programs.BLOCK_TOPK, coarse="probe", block_size=block_size)
     return programs.hisa(given, in_order=case.kind == SORTED)
 
 

@@ -52,7 +52,7 @@ OPTIONS = {"memcheck": {"--padding": "32", "--check-tensor-ops": "yes"}}
 ERRORS_FOUND = 99
 # What runs on sm_90 alone; every other kernel of the package runs on every GPU.
 ON_HOPPER = {"refine_by_block_hopper_kernel", "coarse_hopper_kernel", "widen_queries_kernel"}
-ON_HOPPER |= {"probe_blocks_hopper_kernel"}
+ON_HOPPER |= {"probe_blocks_hopper_kernel", "refine_by_row_hopper_kernel"}
 
 
 class Sizes(NamedTuple):
@@ -72,11 +72,13 @@ BY_BLOCK, BY_ROW, ALL_KEPT = Sizes(), Sizes(queries=3), Sizes(block_topk=8)
 LONG = Sizes(queries=2, tokens=9000, heads=16, dim=32, topk=4500, block_topk=71, batch=1)
 # A program holds no row as long as that; without it LONG is the longest that one holds.
 LONGER = {"config": {"SELECT_ROW": 8192, "FEW_PAIRS": 0}}
+SMALL_BLOCKS = Sizes(block_size=32, block_topk=7)
 WHOLE_TILES = Sizes(heads=64, dim=128, tokens=1024, batch=1)
 # More than the eight outer blocks that are kept with block_topk = 2.
 MANY_BLOCKS = Sizes(tokens=1500, block_topk=2)
 PLAIN = {"plain": True}
-# name -> (sizes, dtype, how): "everything" gives all optional tensors, "pooled" means of blocks, "ties" scores of 0;
+# name -> (sizes, dtype, how): "everything" gives all optional tensors, "factors" those that multiply keys and scores,
+# "pooled" means of blocks, "ties" scores of 0;
 # "plain" keeps sm_90's kernel out, "config" patches the configuration; the rest are arguments of the operator.
 CASES: dict[str, tuple[Sizes, torch.dtype, dict[str, Any]]] = {
     "pruned, by block, bfloat16": (BY_BLOCK, torch.bfloat16, {}),
@@ -112,6 +114,12 @@ CASES: dict[str, tuple[Sizes, torch.dtype, dict[str, Any]]] = {
     "pruned, by row, bfloat16, given means": (BY_ROW, torch.bfloat16, {"pooled": True}),
     "pruned, by row, float8, everything": (BY_ROW, FP8, {"everything": True, "mark_hidden": True}),
     "pruned, by row, float32": (BY_BLOCK, torch.float32, {}),
+    "pruned, by row, blocks of 32, bfloat16": (SMALL_BLOCKS, torch.bfloat16, {}),
+    "pruned, by row, blocks of 16, float8, factors": (
+        SMALL_BLOCKS._replace(block_size=16, block_topk=9),
+        FP8,
+        {"factors": True},
+    ),
     "every block kept, by block, bfloat16": (ALL_KEPT, torch.bfloat16, {}),
     "every block kept, by block, float8, everything": (ALL_KEPT, FP8, {"everything": True}),
     "every block kept, plain, float16": (ALL_KEPT, torch.float16, {"sorted": False} | PLAIN),
@@ -155,6 +163,8 @@ def make(sizes: Sizes, dtype: torch.dtype, how: dict[str, Any]) -> Case:
         case["key_valid"] = (token % 2 == 0).to(DEVICE)
         case["mask"] = random_bool((batch, queries, tokens), 0.8)
         case["q_segment"], case["k_segment"] = (row % 2).long().to(DEVICE), (token // 300 % 2).to(DEVICE)
+    if how.get("everything") or how.get("factors"):
+        token = torch.arange(tokens).expand(batch, -1)
         case["k_scale"] = torch.tensor([0.5, 1.0, 2.0, -1.0])[token * 7 // 3 % 4].to(DEVICE)
         case["k_weight"] = torch.tensor([1.0, -2.0, 0.5])[token // 2 % 3].to(DEVICE)
     if how.get("pooled"):

@@ -67,6 +67,7 @@ def launches(dtype: torch.dtype, heads: int, dim: int, architecture: Any) -> dic
         | {
             "hopper": config.by_block_launch(*asked, hopper=True),
             "coarse_hopper": config.coarse_launch(*asked, hopper=True),
+            "by_row_hopper": config.by_row_launch(*asked, hopper=True),
         }
     )
 
@@ -107,6 +108,7 @@ def test_rows_of_the_field() -> None:
             assert config.by_block_launch(halves, dtype, 128, architecture, hopper=True)[:3] == (2, 4, 96)
         assert fp8["by_row"][:3] == (3, 4, None)
         assert bf16["by_row"][:3] == (2, 4, None)
+        assert fp8["by_row_hopper"] == bf16["by_row_hopper"] == config.Launch(3, 4, 168, 1, 2048)
         float32 = launches(torch.float32, 64, 128, architecture)
         assert {how.stages for how in float32.values()} == {1}
         for columns, expected in ((64, (1, None)), (512, (1, None)), (513, (4, None)), (2048, (4, None))):
@@ -395,8 +397,9 @@ def make(case: tune.Case) -> Any:
     dtype, heads, dim = tune.parse_shape(case.shape)
     batch, queries = (1, 32) if case.kind != tune.DECODE else (2, 1)
     q, k = torch.zeros(batch, queries, heads, dim).to(dtype), torch.zeros(batch, 4096, dim).to(dtype)
-    budget = Budget(64, 32) if case.kind == tune.HALF else Budget(128, 32 if case.kind == tune.EVERY else 16)
-    coarse = "probe" if case.kind in (tune.PROBE, tune.HALF) else "paper"
+    parts = {tune.HALF: 2, tune.QUARTER: 4}.get(case.kind, 1)
+    budget = Budget(128 // parts, 32 if case.kind == tune.EVERY else 16 * parts)
+    coarse = "probe" if case.kind in (tune.PROBE, tune.HALF, tune.QUARTER) else "paper"
     options = (Visibility(), None, None, case.kind == tune.SORTED, False, None, coarse)
     return lambda: launch.indexer_topk_triton(q, k, torch.zeros(batch, queries, heads), 2048, budget, *options)
 

@@ -457,7 +457,37 @@ def test_small_blocks_go_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch, torch.bfloat16, "sm_90", budget=Budget(block_size, -(-2048 // block_size)), queries=1024
         )
         names = [kernel.__name__ for kernel, *_ in launches]
-        assert ("refine_by_row_kernel" in names) == (block_size != 192)
+        # Blocks that fill a tile together are copied by the accelerator.
+        expected = {192: "refine_by_block_hopper_kernel", 96: "refine_by_row_kernel"}
+        assert expected.get(block_size, "refine_by_row_hopper_kernel") in names
+
+
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [(64, 128), (24, 80), (128, 16)])
+@pytest.mark.parametrize("dtype", ONE_OF_16_BITS[1:], ids=str)
+def test_small_blocks_compile_for_sm_90(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, heads: int, dim: int, factors: bool
+) -> None:
+    optional = {"k_scale": torch.ones(1, 16384), "k_weight": torch.ones(1, 16384)} if factors else None
+    for block_size in (16, 32):
+        launches = record(
+            monkeypatch, dtype, "sm_90", heads=heads, dim=dim, budget=Budget(block_size, 2048 // block_size),
+            queries=1024, optional=optional,
+        )  # fmt: skip
+        by_row = [recorded for recorded in launches if "by_row" in recorded[0].__name__]
+        assert [recorded[0].__name__ for recorded in by_row] == ["refine_by_row_hopper_kernel"]
+        check(by_row, "sm_90")
+
+
+def test_small_blocks_with_more_than_windows_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or with a row stride that copies do not take."""
+    budget = Budget(32, 64)
+    names = {r[0].__name__ for r in record(monkeypatch, torch.bfloat16, "sm_90", budget=budget, queries=1024)}
+    assert {"refine_by_row_hopper_kernel", "coarse_hopper_kernel"} <= names
+    for more in ({"everything": True}, {"dim": 100, "heads": 6}, {"queries": 15}):
+        sizes: dict[str, Any] = {"queries": 1024} | more
+        names = {r[0].__name__ for r in record(monkeypatch, torch.bfloat16, "sm_90", budget=budget, **sizes)}
+        assert {"refine_by_row_kernel", "coarse_kernel"} <= names
 
 
 @pytest.mark.parametrize("arch", TARGETS)

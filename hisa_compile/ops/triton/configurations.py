@@ -36,6 +36,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "refine_by_block_hopper": ("stages", "maxnreg", "programs"),
     "by_block_groups": ("most_rows", "programs"),
     "refine_by_row": ("stages", "maxnreg", "programs"),
+    "refine_by_row_hopper": ("stages", "maxnreg", "programs"),
     "select_blocks": ("num_warps", "maxnreg"),
     "select_tokens": ("num_warps", "maxnreg"),
     "sort": ("num_warps",),
@@ -115,6 +116,8 @@ _ANYWHERE: Rows = {
     Shape("refine_by_row", 1): Configuration(stages=3),
     Shape("refine_by_row", 2): Configuration(stages=2),
     Shape("refine_by_row", 4): Configuration(stages=1),
+    # Three programs share a multiprocessor.
+    Shape("refine_by_row_hopper"): Configuration(stages=3, maxnreg=168),
     # One warp counts short rows without waiting for others.
     Shape("select_blocks"): Configuration(num_warps=8, maxnreg=128),
     Shape("select_blocks", width=512): Configuration(num_warps=1),

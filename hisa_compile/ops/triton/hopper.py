@@ -42,6 +42,19 @@ from .visible import row_segment, row_window, visible_tokens
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
+@gluon.constexpr_function
+def quads_of(TILE, WARPS):
+    """The layout of [TILE, 4] in which four threads that have the same tokens' sums, two or four of them, have columns
+    of their own."""
+    return gl.DistributedLinearLayout(
+        [[8, 0]] if TILE == 16 * WARPS else [[8, 0], [16 * WARPS, 0]],
+        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]] if WARPS == 4 else [[16, 0], [32, 0], [64, 0]],
+        [],
+        [TILE, 4],
+    )
+
+
 @gluon.jit
 def _fetch(
     q_desc, w_desc, q_full, w_full, q_tile, w_tile, q_row, w_first, Q_BYTES: gl.constexpr, W_BYTES: gl.constexpr
@@ -58,7 +71,7 @@ def _fetch(
 
 
 @gluon.jit
-def _one_each(values, which, lane, TILE: gl.constexpr, WARPS: gl.constexpr):
+def one_each(values, which, lane, TILE: gl.constexpr, WARPS: gl.constexpr):
     """Of values that four threads have alike, TILE of them, one each: that whose number ``which`` is the ``lane``.
 
     Sums of one value and nothing stay in registers; a conversion of layouts would go through shared memory.
@@ -70,7 +83,7 @@ def _one_each(values, which, lane, TILE: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _with_sign(x, sign):
+def with_sign(x, sign):
     """The vectors x, negative where their ``sign`` is: a bit of each element."""
     whole: gl.constexpr = gl.int8 if x.dtype.primitive_bitwidth == 8 else gl.int16
     turn = gl.where(sign < 0.0, -1, 0).to(whole) << (x.dtype.primitive_bitwidth - 1)
@@ -115,14 +128,7 @@ def score_tile_of_rows(
     k_copy: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [WARPS, 1], [1, 0])
     w_shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PADDED_H, TILE_D], q_desc.dtype)
-    # Four threads have the same tokens' sums, two or four of them: here the threads have columns of their own.
-    quads: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]] if TILE == 16 * WARPS else [[8, 0], [16 * WARPS, 0]],
-        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0]] if WARPS == 4 else [[16, 0], [32, 0], [64, 0]],
-        [],
-        [TILE, 4],
-    )
+    quads: gl.constexpr = quads_of(TILE, WARPS)
     of_quads: gl.constexpr = gl.SliceLayout(1, quads)
 
     q_tiles = ()
@@ -176,7 +182,7 @@ def score_tile_of_rows(
         if is_any_negative(scale):
             # Of a vector its sign, which is rare, costs nothing a query; of products it is the same, bit for bit.
             sign = load_factor(scale_ptr, scale_sb, scale_st, batch, vector, vector < x_count)
-            keys = _with_sign(keys, sign)
+            keys = with_sign(keys, sign)
     keys = gl.convert_layout(keys, of_keys)
     real = None
     if PADDED_H != H:
@@ -184,7 +190,7 @@ def score_tile_of_rows(
     lane = gl.arange(0, 4, layout=gl.SliceLayout(0, quads)) % (TILE // (8 * WARPS))
     own = gl.arange(0, TILE, layout=of_quads)
     which = own // 8 % 2 + own // (16 * WARPS) * 2
-    position = _one_each(own, which, lane, TILE, WARPS)
+    position = one_each(own, which, lane, TILE, WARPS)
     zeros = gl.zeros([TILE, PADDED_H], gl.float32, layout=product)
 
     # The last pair is scored again where the stages end behind it, which changes nothing.
@@ -223,7 +229,7 @@ def score_tile_of_rows(
             products = warpgroup_mma_wait(0, deps=[products])
             scores = head_sum(products, weights, real, scale, False, factor)
             bits = gl.convert_layout(scores, of_quads, assert_trivial=True).to(gl.int32, bitcast=True)
-            bits = score_bits(_one_each(bits, which, lane, TILE, WARPS).to(gl.float32, bitcast=True), None)
+            bits = score_bits(one_each(bits, which, lane, TILE, WARPS).to(gl.float32, bitcast=True), None)
             if look or cut:
                 start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query, T)
                 if UNIT != 1:

@@ -30,11 +30,11 @@ from .finish import fill_kernel, merge_tiles_kernel, sort_kernel, sort_tiles_ker
 from .group import list_runs_kernel, sort_pairs_kernel
 from .launch_pool import launch_pool
 from .launch_probe import launch_probe
+from .launch_refine import launch_refine
 from .long_rows import guess_key_kernel, list_candidates_kernel
 from .operands import FP8_BITS
 from .overlap import AHEAD, BESIDE
 from .plan import Chunk, Level, Plan, rows_past_a_tile
-from .refine import refine_by_block_kernel, refine_by_row_kernel
 from .select import select_blocks_kernel, select_tokens_kernel
 from .sizes import cdiv, power_of_2
 from .workspace import Workspace
@@ -139,14 +139,22 @@ class _Call:
         # Four warps share 64 tokens there, one product instruction takes at most 256 heads, and copies of weights begin
         # at multiples of 16 bytes.
         fits = tiles.tile >= 16 * tiles.num_warps and tiles.padded_heads <= 256 and heads % 4 == 0
-        copied = self.plan.by_block and q.dtype.itemsize < 4 and fits and gpu.is_hopper(q)
-        self.query_rows = query_rows(q) if copied else None
         windows_only = visibility.mask is None and visibility.key_valid is None and visibility.k_segment is None
+        hopper = gpu.is_hopper(q) and q.dtype.itemsize < 4 and fits
+        # Blocks of keys for one row after another, where windows alone say what is visible.
+        gathered = hopper and windows_only and self.plan.gathered
+        self.query_rows = query_rows(q) if hopper and (self.plan.by_block or gathered) else None
+        # Keys as the accelerator copies them, by block for the refinement, for the probe a tile, which is whole blocks
+        # or a part of one.
+        self.block_rows = key_rows(k) if gathered and self.query_rows is not None else None
+        if self.block_rows is not None:
+            self.block_desc = describe(k[:, None], self.block_rows, self.block_size, tiles.tile_dim)
+        elif gathered:
+            self.query_rows = None
         # Widened queries lie side by side, and rows are copied from multiples of 16 bytes.
         widened = q.dtype.itemsize > 1 or self.dim % 8 == 0
         by_means = self.plan.by_means is not None and windows_only and widened and not self.spread
         self.coarse_copied = self.query_rows is not None and by_means
-        # Keys as the accelerator copies them for the probe; a tile is whole blocks or a part of one there.
         self.key_rows = None
         if self.plan.sample is not None and windows_only and gpu.is_hopper(q):
             probed = q.dtype.itemsize < 4 and 0 < self.dim <= 128 and self.block_size % config.PROBE_TILE == 0
@@ -207,7 +215,7 @@ class _Call:
                 self.select_blocks(chunk, at, self.plan.inner)
                 if self.plan.pairs_listed:
                     self.list_pairs(chunk, at)
-            self.refine(chunk, at)
+            launch_refine(self, chunk, at)
             self.select(chunk, at)
             self.finish(chunk, at)
             self.repeats = False
@@ -361,62 +369,6 @@ class _Call:
             block_topk=self.block_topk,
             BLOCK_SIZE=self.block_size,
             TILE=config.PAIR_TILE,
-        )
-
-    def refine(self, chunk: Chunk, at: dict[str, int]) -> None:
-        """Scores of candidate tokens."""
-        work = self.query | self.keys | self.seen | at | self.shape
-        work |= {"token_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch}
-        if not self.plan.by_block:
-            tile = config.row_tile(self.plan.tiles, self.architecture)
-            tiles = cdiv(self.plan.columns, tile)
-            how = config.by_row_launch(self.plan.tiles, self.dtype, self.dim, self.architecture)
-            share = cdiv(chunk.rows * tiles, max(how.programs, chunk.rows)) * tile
-            groups = cdiv(self.plan.columns, share)
-            # Buffers that no loop fills would only keep other programs away.  Not by the share: how many queries there
-            # are compiles nothing anew.
-            how = how._replace(stages=min(how.stages, tiles))
-            self.launch(
-                refine_by_row_kernel,
-                chunk.rows * groups,
-                how,
-                **(work | {"TILE": tile}),
-                **self.space.kept,
-                groups=groups,
-                group_columns=share,
-                block_topk=self.block_topk,
-                STAGES=how.stages,
-            )
-            return
-        hopper = self.query_rows is not None
-        how = config.by_block_launch(self.plan.tiles, self.dtype, self.dim, self.architecture, hopper)
-        group = 0
-        if self.plan.pairs_listed:
-            programs = self.sharing["shares"] * (self.block_size // self.plan.tiles.tile)
-        else:
-            tiles = cdiv(self.tokens, self.plan.tiles.tile)
-            group = rows_past_a_tile(chunk.rows, tiles, how)
-            programs = chunk.batches * tiles * cdiv(chunk.of_batch, group)
-        kernel: Any = refine_by_block_kernel
-        if self.query_rows is not None:
-            # Gluon is young: only who needs it depends on it.
-            from .refine_hopper import refine_by_block_hopper_kernel as kernel
-
-            work = gpu.only(work, kernel) | self.described(self.query_rows, self.q_desc)
-        self.launch(
-            kernel,
-            programs,
-            how,
-            **work,
-            **self.space.runs,
-            pairs_ptr=self.space.pairs,
-            rows_per_batch=chunk.of_batch,
-            group_rows=group,
-            **self.sharing,
-            room=self.plan.room,
-            M=self.plan.blocks,
-            MOST_ROWS=how.most_rows,
-            STAGES=how.stages,
         )
 
     def select(self, chunk: Chunk, at: dict[str, int]) -> None:

@@ -85,6 +85,7 @@ class Plan:
     sort_tile, sort_tiles, merged: how rows are put in order; a row of several tiles is merged.
     chunks: the rows in chunks; the workspace holds one.
     by_block: queries go past tiles of keys; else keys past a query.
+    gathered: keys do, for many rows, in blocks of which a tile is some.
     pairs_listed, room, spacing: see :mod:`.group`; room is 0 where lists lie one behind another.
     """
 
@@ -174,6 +175,9 @@ class Plan:
             )
         )
         self.pairs_listed = self.by_block and self.prune
+        parts = 16 <= block_size < self.tiles.tile and self.tiles.tile % block_size == 0
+        self.gathered = self.prune and not self.by_block and parts and dim <= self.tiles.tile_dim
+        self.gathered = self.gathered and rows >= config.FEW_ROWS
         self.room = self.chunks[0].of_batch if self.pairs_listed and roomy else 0
         self.spacing = {"room": self.room, "apart": config.COUNTS_APART if self.room else 1}
         self.block_topk = block_topk
