@@ -86,7 +86,7 @@ VARIATIONS: dict[str, tuple[dict[str, int | None], ...]] = {
     "refine_by_block_hopper": ({"stages": 3}, {"maxnreg": 96}, {"maxnreg": 128}, {"maxnreg": 168}, {"programs": 8}),
     "by_block_groups": ({"programs": 4096}, {"programs": 1024, "most_rows": 64}),
     "refine_by_row": ({"stages": 2}, {"stages": 3}, {"stages": 4}, {"programs": 512}),
-    "refine_by_row_hopper": ({"stages": 2, "maxnreg": 128}, {"maxnreg": 96}, {"stages": 4}, {"programs": 4096}),
+    "refine_by_row_hopper": ({"stages": 3}, {"stages": 3, "maxnreg": 168, "programs": 384}, {"maxnreg": 96}),
     "select_blocks": ({"num_warps": 1}, {"num_warps": 2}, {"num_warps": 4}),
     "select_tokens": ({"num_warps": 4}, {"num_warps": 16}),
     "sort": ({"num_warps": 4}, {"num_warps": 16}),

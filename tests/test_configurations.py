@@ -108,7 +108,7 @@ def test_rows_of_the_field() -> None:
             assert config.by_block_launch(halves, dtype, 128, architecture, hopper=True)[:3] == (2, 4, 96)
         assert fp8["by_row"][:3] == (3, 4, None)
         assert bf16["by_row"][:3] == (2, 4, None)
-        assert fp8["by_row_hopper"] == bf16["by_row_hopper"] == config.Launch(3, 4, 168, 1, 2048)
+        assert fp8["by_row_hopper"] == bf16["by_row_hopper"] == config.Launch(2, 4, 128, 1, 512)
         float32 = launches(torch.float32, 64, 128, architecture)
         assert {how.stages for how in float32.values()} == {1}
         for columns, expected in ((64, (1, None)), (512, (1, None)), (513, (4, None)), (2048, (4, None))):

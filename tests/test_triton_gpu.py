@@ -39,8 +39,10 @@ from triton_cases import (
 import hisa_compile
 from hisa_compile.ops import Budget, Visibility
 from hisa_compile.ops.coarse import outer_size
-from hisa_compile.ops.triton import config, gpu, launch
+from hisa_compile.ops.triton import config, gpu, launch, launch_refine
+from hisa_compile.ops.triton.coarse_hopper import coarse_hopper_kernel
 from hisa_compile.ops.triton.refine_hopper import refine_by_block_hopper_kernel
+from hisa_compile.ops.triton.refine_row_hopper import refine_by_row_hopper_kernel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU")]
 
@@ -198,7 +200,7 @@ def test_packed_sequences_at_the_papers_sizes(weighted: bool) -> None:
 @pytest.mark.parametrize(("block_size", "block_topk"), [(16, 8), (64, 5), (128, 4), (192, 3), (256, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, FP8], ids=str)
 def test_the_probe_with_real_tiles(dtype: torch.dtype, block_size: int, block_topk: int, holes: bool) -> None:
-    """Bit for bit, with and without the version for sm_90, which windows alone and blocks of n * 64 tokens reach."""
+    """Bit for bit, with and without the version for sm_90, which windows alone reach."""
     batch, queries, tokens = 2, 100, 2048
     budget = {"topk": 100, "block_size": 16, "block_topk": block_topk}
     case = whole_case(queries, tokens, 64, 128, dtype, batch, **budget)
@@ -214,7 +216,7 @@ def test_the_probe_with_real_tiles(dtype: torch.dtype, block_size: int, block_to
     with launched() as kernels:
         check(case)
     hopper = "probe_blocks_hopper_kernel" in {kernel.__name__ for kernel in kernels}
-    expected = gpu.is_hopper(case["q"]) and dtype != torch.float32 and block_size % 64 == 0 and not holes
+    expected = gpu.is_hopper(case["q"]) and dtype != torch.float32 and not holes
     assert hopper == expected
 
 
@@ -260,7 +262,7 @@ def test_two_levels_with_real_tiles(dtype: torch.dtype, block_size: int, block_t
         check(case)
     names = {kernel.__name__ for kernel in kernels}
     assert "list_outer_kernel" in names
-    expected = gpu.is_hopper(case["q"]) and dtype != torch.float32 and block_size % 64 == 0 and not holes
+    expected = gpu.is_hopper(case["q"]) and dtype != torch.float32 and not holes
     assert ("probe_blocks_hopper_kernel" in names) == expected
 
 
@@ -351,7 +353,56 @@ def test_hoppers_kernel_gives_the_same_bits(
         assert refine_by_block_hopper_kernel in kernels
         with mock.patch.object(gpu, "is_hopper", return_value=False), launched() as kernels:
             expected = run(case)
-        assert launch.refine_by_block_kernel in kernels
+        assert launch_refine.refine_by_block_kernel in kernels
+    assert_equal(got, expected)
+    with mock.patch.object(config, "FEW_ROWS", 10**6):
+        assert_equal(run(case), expected)
+
+
+@pytest.mark.skipif(ON_GPU and torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90")
+@pytest.mark.parametrize("factors", ["none", "scales", "all"])
+@pytest.mark.parametrize(
+    ("heads", "dim", "block_size", "queries"),
+    [
+        (64, 128, 32, 40),
+        (24, 80, 32, 40),
+        (16, 32, 16, 40),
+        (128, 64, 32, 40),
+        (64, 128, 16, 3),
+        (64, 128, 128, 3),
+        (24, 80, 64, 4),
+        (16, 32, 256, 1),
+        (128, 64, 256, 2),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, FP8], ids=str)
+def test_hoppers_kernel_by_row_gives_the_same_bits(
+    dtype: torch.dtype, heads: int, dim: int, block_size: int, queries: int, factors: str
+) -> None:
+    """Against the one for every GPU, with tiles of either size: negative scales, NaN, ragged ends, rows with few blocks
+    or none, a row in one program and in several."""
+    batch, tokens = 2, 2500
+    block_topk = 1024 // block_size
+    case = gaussian_case(
+        batch, queries, tokens, heads, dim, dtype, topk=300, block_size=block_size, block_topk=block_topk
+    )
+    case["k"].view(torch.uint8 if dtype == FP8 else dtype)[1, 1234, 3] = 127 if dtype == FP8 else math.nan
+    case["window_end"] = torch.randint(0, tokens + 50, (batch, queries), device=DEVICE).int()
+    case["window_start"] = torch.randint(-5, 900, (batch, queries), device=DEVICE).int()
+    case["window_end"][0, :3] = torch.tensor([0, 5, 70], device=DEVICE)[:queries]
+    if factors != "none":
+        case["k_scale"] = torch.randn(batch, tokens, device=DEVICE)
+    if factors == "all":
+        case["k_weight"] = torch.randn(batch, tokens, device=DEVICE)
+    with launched() as kernels:
+        got = run(case)
+    assert refine_by_row_hopper_kernel in kernels
+    with mock.patch.object(config, "MANY_ROW_PROGRAMS", 1), launched() as kernels:
+        assert_equal(run(case), got)
+    assert refine_by_row_hopper_kernel in kernels
+    with mock.patch.object(gpu, "is_hopper", return_value=False), launched() as kernels:
+        expected = run(case)
+    assert launch_refine.refine_by_row_kernel in kernels
     assert_equal(got, expected)
     with mock.patch.object(config, "FEW_ROWS", 10**6):
         assert_equal(run(case), expected)
@@ -473,9 +524,10 @@ def test_sizes_that_change_do_not_recompile() -> None:
     shapes = ((1, 100, 3000), (2, 77, 3001), (1, 1, 4096), (3, 16, 2500))
     # So many to select that rows may have to be filled up.
     budget = {"topk": 230, "block_size": 16, "block_topk": 16}
-    run(gaussian_case(*shapes[1], 16, 64, torch.bfloat16, **budget))
-    kernels = (launch.coarse_kernel, launch.refine_by_block_kernel, launch.refine_by_row_kernel)
-    kernels += (launch.select_tokens_kernel, launch.fill_kernel)
+    for shape in shapes[1:3]:
+        run(gaussian_case(*shape, 16, 64, torch.bfloat16, **budget))
+    kernels = (launch.coarse_kernel, launch_refine.refine_by_block_kernel, launch_refine.refine_by_row_kernel)
+    kernels += (coarse_hopper_kernel, refine_by_row_hopper_kernel, launch.select_tokens_kernel, launch.fill_kernel)
     # Strides are specialised on being 1 and on divisibility by 16, which these shapes leave alone.
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     for shape in shapes:

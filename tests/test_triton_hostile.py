@@ -37,6 +37,7 @@ from triton_cases import (
 from hisa_compile.ops import reference
 from hisa_compile.ops.triton import config, gpu, launch_pool
 from hisa_compile.ops.triton.refine_hopper import refine_by_block_hopper_kernel
+from hisa_compile.ops.triton.refine_row_hopper import refine_by_row_hopper_kernel
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
 
@@ -144,17 +145,24 @@ def poisoned(x: Tensor, where: Tensor, value: float) -> Tensor:
     return torch.where(where, value, x.float()).to(x.dtype)
 
 
-# What by_block_case has: every block kept, or pruned by means, by spreads too, or by the probe.
+# What by_block_case has: every block kept, or pruned by means, by spreads too, or by the probe, the size of a block
+# behind it where blocks are small, which go by row.
+NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+SMALL = [pytest.param(x, marks=NEEDS_GPU, id=f"{x}, small blocks") for x in ("paper 32", "probe 16")]
 PRUNED = pytest.mark.parametrize(
-    "pruned", ["paper", "spread", "probe", ""], ids=["pruned", "spread", "probe", "every block kept"]
+    "pruned",
+    [*(pytest.param(x, id=x) for x in ("paper", "spread", "probe")), pytest.param("", id="every block kept"), *SMALL],
 )
 
 
 def by_block_case(dtype: torch.dtype, pruned: str) -> Case:
     """Two sequences, ragged last blocks, scales and weights; rows that go past tiles of keys together."""
     batch, queries, tokens, heads, dim, size = (2, 40, 2500, 24, 80, 128) if ON_GPU else (2, 2, 77, 3, 10, 16)
-    blocks = -(-tokens // size)
+    pruned, _, small = pruned.partition(" ")
     topk, block_topk = 300 if ON_GPU else 11, 8 if ON_GPU else 3
+    if small:
+        size, block_topk = int(small), block_topk * size // int(small)
+    blocks = -(-tokens // size)
     budget = {"topk": topk, "block_size": size, "block_topk": block_topk if pruned else blocks}
     case = gaussian_case(batch, queries, tokens, heads, dim, dtype, **budget)
     generator = torch.Generator(DEVICE).manual_seed(1)
@@ -256,20 +264,24 @@ def test_nothing_around_the_tensors_is_read(dtype: torch.dtype, pruned: str) -> 
     generator = torch.Generator().manual_seed(2)
     case["window_start"] = torch.randint(-3, tokens // 2, (2, queries), generator=generator).int().to(DEVICE)
     case["window_end"] = torch.randint(tokens // 3, tokens + 9, (2, queries), generator=generator).int().to(DEVICE)
-    case["key_valid"] = random_bool((2, tokens), 0.9)
     optional = {
+        "key_valid": random_bool((2, tokens), 0.9),
         "mask": random_bool((2, queries, tokens), 0.8, seed=3),
         "q_segment": torch.arange(queries, device=DEVICE)[None].expand(2, -1) % 2,
         "k_segment": torch.arange(tokens, device=DEVICE)[None].expand(2, -1) // 5 % 2,
     }
     with tiles(), by_block:
-        for given in (case, case | optional):
+        for given in (case, case | {"key_valid": optional["key_valid"]}, case | optional):
             wide = {name: embedded(x) for name, x in given.items() if isinstance(x, Tensor)}
             with launched() as kernels:
                 got = run(given | wide)
             assert_equal(got, run(given))
             if dtype != torch.float32 and gpu.is_hopper(case["q"]):
-                assert refine_by_block_hopper_kernel in kernels
+                # Small blocks are copied by the accelerator where windows alone say what is visible.
+                if " " not in pruned:
+                    assert refine_by_block_hopper_kernel in kernels
+                else:
+                    assert (refine_by_row_hopper_kernel in kernels) == (given is case)
 
 
 @PRUNED

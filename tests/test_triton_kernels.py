@@ -40,7 +40,7 @@ from triton_cases import (
 )
 
 from hisa_compile.ops import Budget, Visibility, reference
-from hisa_compile.ops.triton import config, gpu, launch, launch_pool
+from hisa_compile.ops.triton import config, gpu, launch, launch_pool, launch_refine
 from hisa_compile.ops.triton.finish import fill_kernel
 from hisa_compile.ops.triton.group import list_runs_kernel, sort_pairs_kernel
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE
@@ -422,13 +422,13 @@ def test_bits_depend_on_the_row_alone(dtype: torch.dtype, coarse: str) -> None:
 @pytest.mark.parametrize(
     ("queries", "tokens", "block_topk", "refinement"),
     [
-        (300_000, 10**6, 64, launch.refine_by_block_kernel),
-        (300_000, 2**16, 64, launch.refine_by_block_kernel),
+        (300_000, 10**6, 64, launch_refine.refine_by_block_kernel),
+        (300_000, 2**16, 64, launch_refine.refine_by_block_kernel),
         # Lists with room.
-        (4096, 2**16, 64, launch.refine_by_block_kernel),
-        (300_000, 2**16, 512, launch.refine_by_block_kernel),
+        (4096, 2**16, 64, launch_refine.refine_by_block_kernel),
+        (300_000, 2**16, 512, launch_refine.refine_by_block_kernel),
         # Rows so long that a chunk is too few of them.
-        (300_000, 10**6, 7813, launch.refine_by_row_kernel),
+        (300_000, 10**6, 7813, launch_refine.refine_by_row_kernel),
     ],
 )
 def test_workspace_does_not_grow_with_the_queries(queries: int, tokens: int, block_topk: int, refinement: Any) -> None:

@@ -196,10 +196,9 @@ def row_tile(tiles: Tiles, architecture: Architecture) -> int:
     return min(tiles.tile, ROW_TILE) if architecture == 90 and tiles.num_warps == 4 else tiles.tile
 
 
-def gathered_tile(tiles: Tiles, dtype: torch.dtype) -> int:
-    """The same on sm_90 for blocks of keys that are copied side by side: as many bytes in either dtype, so that as many
-    programs find shared memory."""
-    return max(tiles.tile // dtype.itemsize, 16 * tiles.num_warps)
+def copied_row_tile(tiles: Tiles, dtype: torch.dtype) -> int:
+    """The same of the version for sm_90: as many bytes in either dtype, so that as many programs find shared memory."""
+    return max(tiles.tile // dtype.itemsize, min(tiles.tile, 16 * tiles.num_warps))
 
 
 def by_row_launch(
@@ -207,8 +206,7 @@ def by_row_launch(
 ) -> Launch:
     """``hopper``: of the version for sm_90."""
     row = lookup(_shape("refine_by_row_hopper" if hopper else "refine_by_row", tiles, dtype, dim), architecture)
-    programs = row.programs or (MANY_PROGRAMS if hopper else MANY_ROW_PROGRAMS)
-    return Launch(row.stages, tiles.num_warps, row.maxnreg, programs=programs)
+    return Launch(row.stages, tiles.num_warps, row.maxnreg, programs=row.programs or MANY_ROW_PROGRAMS)
 
 
 def _wide_launch(kernel: str, entries: int, architecture: Architecture) -> Launch:

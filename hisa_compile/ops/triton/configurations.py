@@ -78,7 +78,7 @@ class Configuration(NamedTuple):
     most_rows: rows that go past one tile at most, a power of 2; None is :data:`.config.MOST_ROWS`.
     programs: work is cut into no larger parts than leave so many programs, that of refine_by_row into about so many at
         most; None is :data:`.config.MANY_PROGRAMS`, for the coarse stage :data:`.config.MANY_COARSE_PROGRAMS` or
-        :data:`.config.MANY_COARSE_HOPPER_PROGRAMS`, for refine_by_row :data:`.config.MANY_ROW_PROGRAMS`.  Of the
+        :data:`.config.MANY_COARSE_HOPPER_PROGRAMS`, by row :data:`.config.MANY_ROW_PROGRAMS`.  Of the
         refinement by block it is how many of its equal shares of lists of pairs each multiprocessor gets: best as many
         as run there at once.
     """
@@ -116,8 +116,8 @@ _ANYWHERE: Rows = {
     Shape("refine_by_row", 1): Configuration(stages=3),
     Shape("refine_by_row", 2): Configuration(stages=2),
     Shape("refine_by_row", 4): Configuration(stages=1),
-    # Three programs share a multiprocessor.
-    Shape("refine_by_row_hopper"): Configuration(stages=3, maxnreg=168),
+    # Four programs share a multiprocessor.
+    Shape("refine_by_row_hopper"): Configuration(stages=2, maxnreg=128),
     # One warp counts short rows without waiting for others.
     Shape("select_blocks"): Configuration(num_warps=8, maxnreg=128),
     Shape("select_blocks", width=512): Configuration(num_warps=1),

@@ -141,23 +141,25 @@ class _Call:
         fits = tiles.tile >= 16 * tiles.num_warps and tiles.padded_heads <= 256 and heads % 4 == 0
         windows_only = visibility.mask is None and visibility.key_valid is None and visibility.k_segment is None
         hopper = gpu.is_hopper(q) and q.dtype.itemsize < 4 and fits
-        # Blocks of keys for one row after another, where windows alone say what is visible.
-        gathered = hopper and windows_only and self.plan.gathered
-        self.query_rows = query_rows(q) if hopper and (self.plan.by_block or gathered) else None
-        # Keys as the accelerator copies them, by block for the refinement, for the probe a tile, which is whole blocks
-        # or a part of one.
-        self.block_rows = key_rows(k) if gathered and self.query_rows is not None else None
-        if self.block_rows is not None:
-            self.block_desc = describe(k[:, None], self.block_rows, self.block_size, tiles.tile_dim)
-        elif gathered:
+        # By row keys are copied by the accelerator, too, where windows alone say what is visible.
+        by_row = hopper and windows_only and self.plan.box > 0
+        self.query_rows = query_rows(q) if hopper and (self.plan.by_block or by_row) else None
+        self.box_rows = key_rows(k) if by_row and self.query_rows is not None else None
+        if self.box_rows is not None:
+            self.box_desc = describe(k[:, None], self.box_rows, self.plan.box, tiles.tile_dim)
+        elif by_row:
             self.query_rows = None
         # Widened queries lie side by side, and rows are copied from multiples of 16 bytes.
         widened = q.dtype.itemsize > 1 or self.dim % 8 == 0
         by_means = self.plan.by_means is not None and windows_only and widened and not self.spread
-        self.coarse_copied = self.query_rows is not None and by_means
+        # Of few rows each load that waits for another one counts.
+        many = self.plan.chunks[0].of_batch >= config.FEW_ROWS
+        self.coarse_copied = self.query_rows is not None and by_means and many
+        # Keys as the accelerator copies them for the probe; a tile is whole blocks or a part of one there.
         self.key_rows = None
         if self.plan.sample is not None and windows_only and gpu.is_hopper(q):
-            probed = q.dtype.itemsize < 4 and 0 < self.dim <= 128 and self.block_size % config.PROBE_TILE == 0
+            whole = self.block_size % config.PROBE_TILE == 0 or self.block_size in (16, 32)
+            probed = q.dtype.itemsize < 4 and 0 < self.dim <= 128 and whole
             self.key_rows = key_rows(k) if probed else None
         if self.key_rows is not None:
             self.k_desc = describe(k[:, None], self.key_rows, config.PROBE_TILE, self.plan.probe_tiles.tile_dim)

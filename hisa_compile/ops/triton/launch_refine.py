@@ -24,22 +24,23 @@ def launch_refine(call: _Call, chunk: Chunk, at: dict[str, int]) -> None:
 
 
 def _by_row(call: _Call, chunk: Chunk, work: dict[str, Any]) -> None:
-    tiles, copied = call.plan.tiles, call.block_rows is not None
+    tiles, copied = call.plan.tiles, call.box_rows is not None
     how = config.by_row_launch(tiles, call.dtype, call.dim, call.architecture, copied)
-    # Many programs want memory at once while decoding alone.
+    # Programs are many and small for the memory's sake, which decoding alone waits for.
     tile = tiles.tile if chunk.of_batch >= config.FEW_ROWS else config.row_tile(tiles, call.architecture)
     kernel: Any = refine_by_row_kernel
-    if call.block_rows is not None:
+    if call.box_rows is not None:
         # Gluon is young: only who needs it depends on it.
         from .refine_row_hopper import refine_by_row_hopper_kernel as kernel
 
         assert call.query_rows is not None
-        tile = config.gathered_tile(tiles, call.dtype)
+        tile = call.plan.row_tile
         work = gpu.only(work, kernel) | call.described(call.query_rows, call.q_desc)
-        work |= {"k_desc": call.block_desc, "k_batch_rows": call.block_rows.of_batch}
+        work |= {"k_desc": call.box_desc, "k_batch_rows": call.box_rows.of_batch}
         del work["w_desc"]
     count = cdiv(call.plan.columns, tile)
-    share = cdiv(chunk.rows * count, max(how.programs, chunk.rows)) * tile
+    # Of many rows each is two programs' work, so that the last ones that run are shorter.
+    share = cdiv(chunk.rows * count, max(how.programs, (1 + copied) * chunk.rows)) * tile
     groups = cdiv(call.plan.columns, share)
     if not copied:
         # Buffers that no loop fills would only keep other programs away.  Not by the share: how many queries there

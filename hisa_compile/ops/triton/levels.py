@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .keys import HIDDEN_BITS
 from .overlap import wait_for_kernel_before
-from .probe import rows_of_group, sees_outer
+from .probe import rows_of_group, sees_blocks
 
 
 @triton.jit(do_not_specialize=["first_row", "rows_per_batch", "S", "T", "M", "outer_blocks"])
@@ -40,7 +40,7 @@ def list_outer_kernel(
     )
     outer = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     row = row.to(tl.int64)[:, None]
-    touched = wanted[:, None] & sees_outer(outer.to(tl.int64)[None, :], start[:, None], end[:, None], OUTER_SIZE)
+    touched = wanted[:, None] & sees_blocks(outer.to(tl.int64)[None, :], start[:, None], end[:, None], OUTER_SIZE)
     flag = tl.load(outer_flag_ptr + row * outer_blocks + outer[None, :], mask=touched, other=0)
     kept = tl.max(flag.to(tl.int32), axis=0)
     count = tl.sum(kept, axis=0)

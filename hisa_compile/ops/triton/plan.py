@@ -85,7 +85,8 @@ class Plan:
     sort_tile, sort_tiles, merged: how rows are put in order; a row of several tiles is merged.
     chunks: the rows in chunks; the workspace holds one.
     by_block: queries go past tiles of keys; else keys past a query.
-    gathered: keys do, for many rows, in blocks of which a tile is some.
+    box: tokens that are copied together where keys do, on sm_90: a whole block or a tile of ``row_tile``; 0 where these
+        do not divide each other.
     pairs_listed, room, spacing: see :mod:`.group`; room is 0 where lists lie one behind another.
     """
 
@@ -175,9 +176,11 @@ class Plan:
             )
         )
         self.pairs_listed = self.by_block and self.prune
-        parts = 16 <= block_size < self.tiles.tile and self.tiles.tile % block_size == 0
-        self.gathered = self.prune and not self.by_block and parts and dim <= self.tiles.tile_dim
-        self.gathered = self.gathered and rows >= config.FEW_ROWS
+        self.row_tile = config.copied_row_tile(self.tiles, dtype)
+        self.box = min(block_size, self.row_tile)
+        divides = max(block_size, self.row_tile) % self.box == 0 and self.box >= 16
+        if self.by_block or not self.prune or not divides or dim > self.tiles.tile_dim:
+            self.box = 0
         self.room = self.chunks[0].of_batch if self.pairs_listed and roomy else 0
         self.spacing = {"room": self.room, "apart": config.COUNTS_APART if self.room else 1}
         self.block_topk = block_topk

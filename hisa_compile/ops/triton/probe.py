@@ -285,10 +285,10 @@ def threshold_kernel(
 
 
 @triton.jit
-def sees_outer(outer, start, end, OUTER_SIZE: tl.constexpr):
-    """Whether windows touch an outer block, all int64: only there does a row's flag say something."""
-    low = outer * OUTER_SIZE
-    return (start < end) & (low + OUTER_SIZE > start) & (low < end)
+def sees_blocks(block, start, end, SIZE: tl.constexpr):
+    """Whether windows touch a block of SIZE tokens, all int64: an outer one's flags say nothing elsewhere."""
+    low = block * SIZE
+    return (start < end) & (low + SIZE > start) & (low < end)
 
 
 @triton.jit
@@ -440,7 +440,7 @@ def probe_blocks_kernel(
             scores = worth(total, best, threshold, cap)
             shown = eligible != 0
             if listed_ptr is not None:
-                touched = sees_outer(outer, start, end, OUTER_SIZE)
+                touched = sees_blocks(outer, start, end, OUTER_SIZE)
                 flag = tl.load(outer_flag_ptr + row.to(tl.int64) * outer_blocks + outer, mask=touched, other=0)
                 shown = shown & (flag != 0)[:, None]
             number = first_block + tl.arange(0, BLOCKS)

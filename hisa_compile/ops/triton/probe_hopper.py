@@ -14,7 +14,7 @@ from .group import clear_counts
 from .hopper import barrier
 from .keys import score_bits
 from .overlap import wait_for_kernel_before
-from .probe import difference_of_relus, greater, inverse_of, sees_outer, share_of_cap, worth
+from .probe import difference_of_relus, greater, inverse_of, sees_blocks, share_of_cap, worth
 from .visible import row_window
 
 
@@ -52,6 +52,19 @@ def _rows(batch_here, group, rows_per_batch, ROWS: gl.constexpr, layout: gl.cons
 
 
 @gluon.jit
+def _of_blocks(x, layout: gl.constexpr):
+    """The columns of x [ROWS, 2 or 4], each of which a thread has for its rows."""
+    if x.shape[1] == 2:
+        a, b = gl.split(x)
+        blocks = (gl.convert_layout(a, layout, assert_trivial=True), gl.convert_layout(b, layout, assert_trivial=True))
+    else:
+        even, odd = gl.split(gl.reshape(x, [x.shape[0], 2, 2]))
+        first, second = _of_blocks(even, layout), _of_blocks(odd, layout)
+        blocks = (first[0], second[0], first[1], second[1])
+    return blocks
+
+
+@gluon.jit
 def _tile_number(number, listed_ptr, TILES: gl.constexpr):
     """Which tile of all a program's ``number``-th is; with a list of outer blocks one of those, of TILES tiles each."""
     tile = number
@@ -78,8 +91,8 @@ def probe_blocks_hopper_kernel(
 ):  # fmt: skip
     """:func:`.probe.probe_blocks_kernel` with the same grid, and, as far as it has them, the same arguments.
 
-    TILE divides BLOCK_SIZE.  k_desc describes k as a matrix of rows of D elements, a sequence ``k_batch_rows`` behind
-    the one before it.
+    TILE divides BLOCK_SIZE, or the other way round.  k_desc describes k as a matrix of rows of D elements, a sequence
+    ``k_batch_rows`` behind the one before it.
     """
     wait_for_kernel_before(OVERLAP)
     WARPS: gl.constexpr = gl.num_warps()
@@ -89,7 +102,10 @@ def probe_blocks_hopper_kernel(
     BYTES: gl.constexpr = TILE * TILE_D * BITS // 8
     VECTOR: gl.constexpr = 128 // BITS
     LANES: gl.constexpr = TILE_D // VECTOR
-    PARTS: gl.constexpr = BLOCK_SIZE // TILE
+    # A tile is a part of a block, or several blocks.
+    PARTS: gl.constexpr = max(1, BLOCK_SIZE // TILE)
+    BLOCKS: gl.constexpr = max(1, TILE // BLOCK_SIZE)
+    UNIT: gl.constexpr = BLOCKS * BLOCK_SIZE
     TILES: gl.constexpr = OUTER_SIZE // TILE
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE, 256 // BITS])
     of_heads: gl.constexpr = gl.DotOperandLayout(0, product, 32 // BITS)
@@ -108,8 +124,8 @@ def probe_blocks_hopper_kernel(
     seen = start < end
     all_start = gl.max(start, axis=0)
     all_end = gl.min(end, axis=0)
-    first = (gl.min(gl.where(seen, start, T), axis=0) // BLOCK_SIZE).to(gl.int32)
-    past = ((gl.max(gl.where(seen, end, 0), axis=0) + BLOCK_SIZE - 1) // BLOCK_SIZE).to(gl.int32)
+    first = (gl.min(gl.where(seen, start, T), axis=0) // UNIT).to(gl.int32)
+    past = ((gl.max(gl.where(seen, end, 0), axis=0) + UNIT - 1) // UNIT).to(gl.int32)
     if listed_ptr is not None:
         listed_ptr += number.to(gl.int64) * outer_blocks
         first = first * 0
@@ -180,27 +196,39 @@ def probe_blocks_hopper_kernel(
                     visible = (token >= start[:, None]) & (token < end[:, None])
                     probed = gl.where(visible, probed, float("-inf"))
                     sees = gl.max(visible.to(gl.int32), axis=1)
-                shares = gl.sum(share_of_cap(probed, threshold[:, None], inverse_cap[:, None], True), axis=1)
-                greatest = gl.reduce(probed, 1, greater)
-                if PARTS == 1:
-                    total = shares
-                    best = greatest
-                    eligible = sees
+                shares = share_of_cap(probed, threshold[:, None], inverse_cap[:, None], True)
+                if BLOCKS > 1:
+                    totals = _of_blocks(gl.sum(gl.reshape(shares, [ROWS, BLOCKS, BLOCK_SIZE]), axis=2), of_rows)
+                    bests = _of_blocks(gl.reduce(gl.reshape(probed, [ROWS, BLOCKS, BLOCK_SIZE]), 2, greater), of_rows)
                 else:
-                    begins = i % PARTS == 0
-                    total = gl.where(begins, 0.0, total) + shares
-                    best = greater(gl.where(begins, float("-inf"), best), greatest)
-                    eligible = gl.maximum(gl.where(begins, 0, eligible), sees)
-                scores = worth(total, best, threshold, cap)
-                shown = eligible != 0
-                ends = (i % PARTS == PARTS - 1) & (base + stage <= last)
-                if listed_ptr is not None:
-                    outer = (i // TILES).to(gl.int64)
-                    touched = sees_outer(outer, start, end, OUTER_SIZE)
-                    shown = shown & (gl.load(flag_ptr + outer, mask=touched, other=0) != 0)
-                    # The last outer block may hold fewer blocks.
-                    ends = ends & (i // PARTS < M)
-                gl.store(out_ptr + i // PARTS, score_bits(scores, shown), mask=wanted & ends)
+                    total_here = gl.sum(shares, axis=1)
+                    greatest = gl.reduce(probed, 1, greater)
+                    if PARTS == 1:
+                        total = total_here
+                        best = greatest
+                        eligible = sees
+                    else:
+                        begins = i % PARTS == 0
+                        total = gl.where(begins, 0.0, total) + total_here
+                        best = greater(gl.where(begins, float("-inf"), best), greatest)
+                        eligible = gl.maximum(gl.where(begins, 0, eligible), sees)
+                for part in gl.static_range(BLOCKS):
+                    block = i // PARTS * BLOCKS + part
+                    # The last tile may hold fewer blocks, and so may the last outer one hold fewer tiles.
+                    ends = (i % PARTS == PARTS - 1) & (base + stage <= last)
+                    if BLOCKS > 1:
+                        total = totals[part]
+                        best = bests[part]
+                        eligible = sees_blocks(block.to(gl.int64), start, end, BLOCK_SIZE).to(gl.int32)
+                    if BLOCKS > 1 or listed_ptr is not None:
+                        ends = ends & (block < M)
+                    scores = worth(total, best, threshold, cap)
+                    shown = eligible != 0
+                    if listed_ptr is not None:
+                        outer = (i // TILES).to(gl.int64)
+                        touched = sees_blocks(outer, start, end, OUTER_SIZE)
+                        shown = shown & (gl.load(flag_ptr + outer, mask=touched, other=0) != 0)
+                    gl.store(out_ptr + block, score_bits(scores, shown), mask=wanted & ends)
             phase ^= 1
         # Copies must not arrive in the shared memory of whoever comes after.
         for stage in gl.static_range(STAGES - 1):

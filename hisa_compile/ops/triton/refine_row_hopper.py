@@ -1,11 +1,12 @@
-"""The refinement stage by row for NVIDIA's sm_90: many rows, blocks of 16 or 32 tokens, see :mod:`.hopper`.
+"""The refinement stage by row for NVIDIA's sm_90: few rows, as in decoding, or blocks of 16 or 32 tokens.
 
 By block a query would be copied for 32 tokens, twice as many bytes as their keys have; by row it is keys that are
-copied, block by block, by the tensor memory accelerator, and the row's query and weights stay.  Keys are multiplied
-from shared memory: in registers each would be used once.
+copied, a block or a tile at a time, by the tensor memory accelerator, and the row's query and weights stay.  Keys are
+multiplied from shared memory: in registers each would be used once.  What each thread does is as in :mod:`.hopper`.
 
-Floor: the bytes of the candidates' keys from the L2 cache, 1.07 GB for 1024 rows of 8192 candidates in float8, 195
-microseconds at the 5.5 TB/s that it delivers; products 99 (docs/kernels.md).
+Floor while decoding: see :mod:`.refine`.  Of small blocks it is the bytes of the candidates' keys from the L2 cache,
+1.07 GB for 1024 rows of 8192 candidates in float8, 195 microseconds at the 5.5 TB/s that it delivers; products 99
+(docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -29,30 +30,32 @@ from .visible import row_coordinates, row_window
 
 
 @gluon.jit
-def _listed(kept_ptr, slot, block_topk, PARTS: gl.constexpr):
-    """The numbers of PARTS kept blocks from a slot on; past the last slot some block that there is."""
-    blocks = ()
-    for part in gl.static_range(PARTS):
-        blocks = blocks + (gl.load(kept_ptr + gl.minimum(slot + part, block_topk - 1)),)
-    return blocks
+def _block_of(kept_ptr, column, high, BLOCK_SIZE: gl.constexpr):
+    """The kept block of each column; from ``high`` on that of the last one before it."""
+    return gl.load(kept_ptr + gl.minimum(column, high - 1) // BLOCK_SIZE)
 
 
 @gluon.jit
-def _fetch(k_desc, full, k_blocks, stage, k_row, blocks, PARTS: gl.constexpr, BYTES: gl.constexpr):
-    """Start copying blocks of keys, side by side, into a stage's buffer, which everyone is done with."""
+def _places(kept_ptr, first_column, high, PARTS: gl.constexpr, BOX: gl.constexpr, BLOCK_SIZE: gl.constexpr):
+    """The first tokens of the PARTS boxes of BOX columns from the first column on.
+
+    Past the last box it is that one again: its keys are near, others would be read from memory for nothing.
+    """
+    places = ()
+    for part in gl.static_range(PARTS):
+        column = gl.minimum(first_column + part * BOX, high - BOX)
+        places = places + (gl.load(kept_ptr + column // BLOCK_SIZE) * BLOCK_SIZE + column % BLOCK_SIZE,)
+    return places
+
+
+@gluon.jit
+def _fetch(k_desc, full, k_boxes, stage, k_row, places, PARTS: gl.constexpr, BYTES: gl.constexpr):
+    """Start copying boxes of keys, side by side, into a stage's buffer, which everyone is done with."""
     mbarrier.expect(full.index(stage), PARTS * BYTES)
     barrier()
     for part in gl.static_range(PARTS):
-        tma.async_copy_global_to_shared(
-            k_desc, [k_row + blocks[part] * k_blocks.shape[1], 0], full.index(stage),
-            k_blocks.index(stage * PARTS + part),
-        )  # fmt: skip
-
-
-@gluon.jit
-def _block_of(kept_ptr, column, block_topk, BLOCK_SIZE: gl.constexpr):
-    """The kept block of each column; past the last one some block that there is."""
-    return gl.load(kept_ptr + gl.minimum(column // BLOCK_SIZE, block_topk - 1))
+        into = k_boxes.index(stage * PARTS + part)
+        tma.async_copy_global_to_shared(k_desc, [k_row + places[part], 0], full.index(stage), into)
 
 
 @gluon.jit
@@ -77,20 +80,26 @@ def _factors(
 
 
 @gluon.jit
-def _turn(k_blocks, first, past, kept_ptr, first_slot, block_topk, high, start, end, scale_ptr, scale_sb, scale_st, batch):
-    """Negate the keys of a tile whose scale is negative: rare, and of products it would be the same, bit for bit."""
-    BLOCK_SIZE: gl.constexpr = k_blocks.shape[1]
-    VECTOR: gl.constexpr = 128 // k_blocks.dtype.primitive_bitwidth
-    LANES: gl.constexpr = k_blocks.shape[2] // VECTOR
+def _turn(
+    k_boxes, first, past, kept_ptr, first_column, high, start, end, scale_ptr, scale_sb, scale_st, batch,
+    BLOCK_SIZE: gl.constexpr,
+):  # fmt: skip
+    """Negate the keys of a tile whose scale is negative: rare, and of products it would be the same, bit for bit.
+
+    The tile is the boxes [first, past).
+    """
+    BOX: gl.constexpr = k_boxes.shape[1]
+    VECTOR: gl.constexpr = 128 // k_boxes.dtype.primitive_bitwidth
+    LANES: gl.constexpr = k_boxes.shape[2] // VECTOR
     copy: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
-    inside = gl.arange(0, BLOCK_SIZE, layout=gl.SliceLayout(1, copy))
+    inside = gl.arange(0, BOX, layout=gl.SliceLayout(1, copy))
     # Not unrolled: it is to take no registers of what is done for every tile.
-    for number in range(first, gl.minimum(past, first + (high - 1) // BLOCK_SIZE + 1 - first_slot)):
-        column = (first_slot + number - first) * BLOCK_SIZE + inside
-        block = _block_of(kept_ptr, column, block_topk, BLOCK_SIZE)
+    for number in range(first, gl.minimum(past, first + (high - first_column) // BOX)):
+        column = first_column + (number - first) * BOX + inside
+        block = _block_of(kept_ptr, column, high, BLOCK_SIZE)
         token, visible = _tokens(block, column, high, start, end, BLOCK_SIZE)
         sign = load_factor(scale_ptr, scale_sb, scale_st, batch, token, visible)
-        keys = k_blocks.index(number)
+        keys = k_boxes.index(number)
         keys.store(with_sign(keys.load(copy), sign))
     # The product reads them by another way than threads do.
     fence_async_shared()
@@ -118,19 +127,21 @@ def refine_by_row_hopper_kernel(
 ):  # fmt: skip
     """:func:`.refine.refine_by_row_kernel` with the same grid, and, as far as it has them, the same arguments.
 
-    BLOCK_SIZE divides TILE.  q_desc as in :func:`.refine_hopper.refine_by_block_hopper_kernel`; k_desc describes k as a
-    matrix of rows of D elements, copied a block at a time, a sequence ``k_batch_rows`` behind the one before it.
+    BLOCK_SIZE divides TILE, or the other way round.  q_desc as in
+    :func:`.refine_hopper.refine_by_block_hopper_kernel`; k_desc describes k as a matrix of rows of D elements, a
+    sequence ``k_batch_rows`` behind the one before it, copied a block at a time, or a tile where that is less.
     """
     wait_for_kernel_before(OVERLAP)
     WARPS: gl.constexpr = gl.num_warps()
     BITS: gl.constexpr = q_desc.dtype.primitive_bitwidth
-    PARTS: gl.constexpr = TILE // BLOCK_SIZE
+    BOX: gl.constexpr = k_desc.block_shape[0]
+    PARTS: gl.constexpr = TILE // BOX
     Q_BYTES: gl.constexpr = PADDED_H * TILE_D * BITS // 8
-    K_BYTES: gl.constexpr = BLOCK_SIZE * TILE_D * BITS // 8
+    K_BYTES: gl.constexpr = BOX * TILE_D * BITS // 8
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PADDED_H, 256 // BITS])
     heads: gl.constexpr = gl.SliceLayout(0, product)
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PADDED_H, TILE_D], q_desc.dtype)
-    k_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_SIZE, TILE_D], q_desc.dtype)
+    k_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BOX, TILE_D], q_desc.dtype)
 
     row = gl.program_id(0) // groups
     _, batch, query = row_coordinates(first_row, row, S)
@@ -138,14 +149,13 @@ def refine_by_row_hopper_kernel(
     low = gl.program_id(0) % groups * group_columns
     high = gl.minimum(gl.load(kept_count_ptr + row) * BLOCK_SIZE, low + group_columns)
     kept_ptr += row.to(gl.int64) * block_topk
-    first_slot = low // BLOCK_SIZE
     if low < high:
         k_row = (batch * k_batch_rows).to(gl.int32)
         q_tile = gl.allocate_shared_memory(q_desc.dtype, [PADDED_H, TILE_D], q_shared)
         q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(q_full, count=1)
-        k_blocks = gl.allocate_shared_memory(q_desc.dtype, [STAGES * PARTS, BLOCK_SIZE, TILE_D], k_shared)
-        k_tiles = k_blocks._reinterpret(q_desc.dtype, [STAGES, TILE, TILE_D], k_shared)
+        k_boxes = gl.allocate_shared_memory(q_desc.dtype, [STAGES * PARTS, BOX, TILE_D], k_shared)
+        k_tiles = k_boxes._reinterpret(q_desc.dtype, [STAGES, TILE, TILE_D], k_shared)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
             mbarrier.init(full.index(stage), count=1)
@@ -154,9 +164,9 @@ def refine_by_row_hopper_kernel(
         q_row = (batch * q_batch_rows + query * q_query_rows).to(gl.int32)
         tma.async_copy_global_to_shared(q_desc, [q_row, 0], q_full, q_tile)
         for stage in gl.static_range(STAGES - 1):
-            blocks = _listed(kept_ptr, first_slot + stage * PARTS, block_topk, PARTS)
-            _fetch(k_desc, full, k_blocks, stage, k_row, blocks, PARTS, K_BYTES)
-        ahead = _listed(kept_ptr, first_slot + (STAGES - 1) * PARTS, block_topk, PARTS)
+            places = _places(kept_ptr, low + stage * TILE, high, PARTS, BOX, BLOCK_SIZE)
+            _fetch(k_desc, full, k_boxes, stage, k_row, places, PARTS, K_BYTES)
+        ahead = _places(kept_ptr, low + (STAGES - 1) * TILE, high, PARTS, BOX, BLOCK_SIZE)
 
         head = gl.arange(0, PADDED_H, layout=heads)
         weights = gl.load(w_ptr + row.to(gl.int64) * w_sr + head, mask=head < H, other=0.0)
@@ -172,12 +182,12 @@ def refine_by_row_hopper_kernel(
         zeros = gl.zeros([TILE, PADDED_H], gl.float32, layout=product)
         out_ptr = token_scores_ptr + row.to(gl.int64) * pitch
         # Of the tile that is scored next; numbers of blocks are read a tile earlier than what lies where they say.
-        block = _block_of(kept_ptr, low + position, block_topk, BLOCK_SIZE)
+        block = _block_of(kept_ptr, low + position, high, BLOCK_SIZE)
         token, visible = _tokens(block, low + position, high, start, end, BLOCK_SIZE)
         scale, factor = _factors(
             scale_ptr, scale_sb, scale_st, k_weight_ptr, k_weight_sb, k_weight_st, batch, token, visible
         )
-        block = _block_of(kept_ptr, low + TILE + position, block_topk, BLOCK_SIZE)
+        block = _block_of(kept_ptr, low + TILE + position, high, BLOCK_SIZE)
         mbarrier.wait(q_full, 0)
         stage = 0
         phase = 0
@@ -186,19 +196,19 @@ def refine_by_row_hopper_kernel(
             if scale_ptr is not None:  # noqa: SIM102 (the one is known when the kernel is compiled, not the other)
                 if is_any_negative(gl.reshape(scale, [32 * WARPS])):
                     _turn(
-                        k_blocks, stage * PARTS, (stage + 1) * PARTS, kept_ptr, here // BLOCK_SIZE, block_topk, high,
-                        start, end, scale_ptr, scale_sb, scale_st, batch,
+                        k_boxes, stage * PARTS, (stage + 1) * PARTS, kept_ptr, here, high, start, end,
+                        scale_ptr, scale_sb, scale_st, batch, BLOCK_SIZE,
                     )  # fmt: skip
             keys = k_tiles.index(stage)
             products = warpgroup_mma(keys, q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
             # Into the buffer of the tile before, whose product everyone has waited for.
-            _fetch(k_desc, full, k_blocks, (stage + STAGES - 1) % STAGES, k_row, ahead, PARTS, K_BYTES)
-            ahead = _listed(kept_ptr, here // BLOCK_SIZE + STAGES * PARTS, block_topk, PARTS)
+            _fetch(k_desc, full, k_boxes, (stage + STAGES - 1) % STAGES, k_row, ahead, PARTS, K_BYTES)
+            ahead = _places(kept_ptr, here + STAGES * TILE, high, PARTS, BOX, BLOCK_SIZE)
             token, next_visible = _tokens(block, here + TILE + position, high, start, end, BLOCK_SIZE)
             next_scale, next_factor = _factors(
                 scale_ptr, scale_sb, scale_st, k_weight_ptr, k_weight_sb, k_weight_st, batch, token, next_visible
             )
-            block = _block_of(kept_ptr, here + 2 * TILE + position, block_topk, BLOCK_SIZE)
+            block = _block_of(kept_ptr, here + 2 * TILE + position, high, BLOCK_SIZE)
             products = warpgroup_mma_wait(0, deps=[products])
             scores = head_sum(products, weights, real, None, False, None)
             bits = gl.convert_layout(scores, of_quads, assert_trivial=True).to(gl.int32, bitcast=True)
