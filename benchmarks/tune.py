@@ -71,6 +71,7 @@ MEASURED = {name: (f"{name}_kernel",) for name in FIELDS} | {
     # Of rows longer than one tile, too; among their sample as in a row of that length.
     "select_tokens": (
         "select_tokens_kernel",
+        "select_tokens_hopper_kernel",
         "guess_key_kernel",
         "list_candidates_kernel",
     ),

@@ -52,7 +52,7 @@ OPTIONS = {"memcheck": {"--padding": "32", "--check-tensor-ops": "yes"}}
 ERRORS_FOUND = 99
 # What runs on sm_90 alone; every other kernel of the package runs on every GPU.
 ON_HOPPER = {"refine_by_block_hopper_kernel", "coarse_hopper_kernel", "widen_queries_kernel"}
-ON_HOPPER |= {"probe_blocks_hopper_kernel", "refine_by_row_hopper_kernel"}
+ON_HOPPER |= {"probe_blocks_hopper_kernel", "refine_by_row_hopper_kernel", "select_tokens_hopper_kernel"}
 
 
 class Sizes(NamedTuple):

@@ -15,8 +15,9 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from triton_cases import DEVICE, RUNS  # noqa: E402
+from triton_cases import DEVICE, ON_GPU, RUNS  # noqa: E402
 
+from hisa_compile.ops.triton import config, gpu  # noqa: E402
 from hisa_compile.ops.triton.keys import HIDDEN_KEY, NAN_KEY  # noqa: E402
 from hisa_compile.ops.triton.kth import (  # noqa: E402
     count_taken,
@@ -27,6 +28,9 @@ from hisa_compile.ops.triton.kth import (  # noqa: E402
     store_selected,
     tile_columns,
 )
+from hisa_compile.ops.triton.overlap import APART  # noqa: E402
+from hisa_compile.ops.triton.select import select_tokens_kernel  # noqa: E402
+from hisa_compile.ops.triton.sizes import power_of_2  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
 
@@ -149,3 +153,57 @@ def test_one_visible_key_among_hidden_ones(tile: int) -> None:
             keys[column] = key
             for k in (1, tile):
                 assert selected(keys, k).tolist() == [column]
+
+
+def rows_of_kinds(columns: int, generator: torch.Generator) -> Tensor:
+    """A row of each kind, all of it visible, half, and next to nothing."""
+    rows = torch.stack([KINDS[kind](columns, generator) for kind in sorted(KINDS)]).repeat(3, 1)
+    visible = torch.tensor([1.0, 0.5, 3 / columns]).repeat_interleave(len(KINDS))[:, None]
+    return torch.where(torch.rand(rows.shape, generator=generator) < visible, rows, HIDDEN)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90")
+@pytest.mark.parametrize("final", [True, False], ids=["final", "to be sorted"])
+@pytest.mark.parametrize("block_size", [0, 4, 16, 32, 128, 256])
+@pytest.mark.parametrize("columns", [128, 200, 256, 512, 700, 1024, 2048, 4000, 8192, 9000, 16384])
+def test_hoppers_selection_writes_the_same(columns: int, block_size: int, final: bool) -> None:
+    """Bit for bit, slot for slot; columns are tokens, or those of kept blocks, of which a row may have few."""
+    from hisa_compile.ops.triton.select_hopper import select_tokens_hopper_kernel
+
+    generator = torch.Generator().manual_seed(columns + block_size)
+    kept_blocks = max(1, columns // max(block_size, 1))
+    columns = kept_blocks * block_size if block_size else columns
+    keys = rows_of_kinds(columns, generator).to(DEVICE)
+    rows = len(keys)
+    scores = torch.full((rows, columns + 16), -1, dtype=torch.int32, device=DEVICE)
+    scores[:, :columns] = turned(keys)
+    kept = count = None
+    if block_size:
+        every = torch.rand(rows, 3 * kept_blocks, generator=generator).argsort(1)
+        kept = every[:, :kept_blocks].sort(1).values.int().to(DEVICE)
+        count = torch.randint(0, kept_blocks + 1, [rows], generator=generator).int().to(DEVICE)
+        count[::2] = kept_blocks
+    end = torch.randint(0, columns + 1, [rows, 1], generator=generator).int().to(DEVICE)
+    end[::2] = columns
+    tile = power_of_2(columns)
+    how = config.select_launch("select_tokens", columns, 90)
+    if tile < 128 * how.num_warps:
+        how = how._replace(num_warps=tile // 128)
+    for k in sorted({1, columns // 4, columns}):
+        for mark_hidden, counted in ((False, False), (True, False), (False, True)):
+            written = []
+            for kernel in (select_tokens_kernel, select_tokens_hopper_kernel):
+                indices, out = torch.full((2, rows, k), -7, dtype=torch.int32, device=DEVICE)
+                selected_count = torch.full([rows], -7, dtype=torch.int32, device=DEVICE) if counted else None
+                work = gpu.strided("start", None, "bs") | gpu.strided("end", end, "bs")
+                work |= {"kept_ptr": kept, "kept_count_ptr": count, "token_scores_ptr": scores, "pitch": columns + 16}
+                work |= {"indices_ptr": indices, "keys_ptr": out, "selected_count_ptr": selected_count}
+                work |= {"candidates_ptr": None, "counts_ptr": None, "segments": 1, "STEP": 1, "K_TILE": 1024}
+                work |= {"first_row": 0, "S": 1, "T": 4 * columns, "block_topk": kept_blocks, "K": k}
+                work |= {"BLOCK_SIZE": block_size or 16, "TILE": tile, "ONE_TILE": True}
+                work |= {"FINAL": final, "MARK_HIDDEN": mark_hidden, "OVERLAP": int(APART)}
+                gpu.launch(kernel, rows, how, **gpu.only(work, kernel))
+                written.append((indices, out, selected_count))
+            for plain, hopper in zip(*written, strict=True):
+                assert plain is hopper is None or torch.equal(plain, hopper)

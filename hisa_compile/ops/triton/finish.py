@@ -22,7 +22,7 @@ from .visible import row_coordinates, row_segment, row_window, visible_tokens
 @triton.jit
 def _store_hidden(indices_ptr, keys_ptr, slot, token, wanted, FINAL: tl.constexpr, MARK_HIDDEN: tl.constexpr):
     """Hidden tokens into these slots of a row."""
-    key = tl.full(slot.shape, float("-inf"), tl.float32)
+    key = slot.to(tl.float32) * 0.0 - float("inf")
     key = key.to(tl.int32, bitcast=True) if FINAL else rank_key(key)
     index = -1 - token
     if FINAL:
@@ -33,13 +33,13 @@ def _store_hidden(indices_ptr, keys_ptr, slot, token, wanted, FINAL: tl.constexp
 
 @triton.jit
 def fill_outside_window(
-    indices_ptr, keys_ptr, have, start, end, K,
-    STEP: tl.constexpr, FINAL: tl.constexpr, MARK_HIDDEN: tl.constexpr,
+    indices_ptr, keys_ptr, have, start, end, K, near, FINAL: tl.constexpr, MARK_HIDDEN: tl.constexpr
 ):  # fmt: skip
     """Fill up a row that has every token of its window, which alone says what is visible, with those before and then
-    those behind the window."""
+    those behind the window; ``near``: 0, 1, 2, ... as many as a step takes."""
+    STEP: tl.constexpr = near.shape[0]
     for base in range(have, K, STEP):
-        slot = base + tl.arange(0, STEP)
+        slot = base + near
         token = (slot - have).to(tl.int64)
         token = tl.where(token < start, token, end + (token - start))
         _store_hidden(indices_ptr, keys_ptr, slot, token, slot < K, FINAL, MARK_HIDDEN)

@@ -140,7 +140,8 @@ class _Call:
         # at multiples of 16 bytes.
         fits = tiles.tile >= 16 * tiles.num_warps and tiles.padded_heads <= 256 and heads % 4 == 0
         windows_only = visibility.mask is None and visibility.key_valid is None and visibility.k_segment is None
-        hopper = gpu.is_hopper(q) and q.dtype.itemsize < 4 and fits
+        self.hopper = gpu.is_hopper(q)
+        hopper = self.hopper and q.dtype.itemsize < 4 and fits
         # By row keys are copied by the accelerator, too, where windows alone say what is visible.
         by_row = hopper and windows_only and self.plan.box > 0
         self.query_rows = query_rows(q) if hopper and (self.plan.by_block or by_row) else None
@@ -157,7 +158,7 @@ class _Call:
         self.coarse_copied = self.query_rows is not None and by_means and many
         # Keys as the accelerator copies them for the probe; a tile is whole blocks or a part of one there.
         self.key_rows = None
-        if self.plan.sample is not None and windows_only and gpu.is_hopper(q):
+        if self.plan.sample is not None and windows_only and self.hopper:
             whole = self.block_size % config.PROBE_TILE == 0 or self.block_size in (16, 32)
             probed = q.dtype.itemsize < 4 and 0 < self.dim <= 128 and whole
             self.key_rows = key_rows(k) if probed else None
@@ -392,25 +393,20 @@ class _Call:
             self.launch(list_candidates_kernel, programs, how, **work, candidates_ptr=self.space.candidates)
             # Among candidates it is a row of a tile.
             how = config.select_launch("select_tokens", of_rows["TILE"], self.architecture)
-        self.launch(
-            select_tokens_kernel,
-            chunk.rows,
-            how,
-            **of_rows,
-            **self.outputs,
-            **step,
-            kept_ptr=self.space.kept["kept_ptr"],
-            candidates_ptr=self.space.candidates,
-            counts_ptr=self.space.column_counts,
-            segments=self.plan.segments,
-            selected_count_ptr=self.space.selected_count,
-            block_topk=self.block_topk,
-            K=self.width,
-            K_TILE=min(power_of_2(self.width), config.EMIT_TILE),
-            FINAL=not self.sorted,
-            MARK_HIDDEN=self.mark_hidden,
-            ONE_TILE=self.plan.one_tile,
-        )
+        kernel: Any = select_tokens_kernel
+        work = of_rows | self.outputs | step | {"kept_ptr": self.space.kept["kept_ptr"], "block_topk": self.block_topk}
+        work |= {"candidates_ptr": self.space.candidates, "counts_ptr": self.space.column_counts}
+        work |= {"segments": self.plan.segments, "selected_count_ptr": self.space.selected_count, "K": self.width}
+        work |= {"FINAL": not self.sorted, "MARK_HIDDEN": self.mark_hidden, "ONE_TILE": self.plan.one_tile}
+        work["K_TILE"] = min(power_of_2(self.width), config.EMIT_TILE)
+        # Four neighbours are of one block, and each warp has columns.
+        fits = self.block_size % 4 == 0 and of_rows["TILE"] >= 128 * how.num_warps
+        if self.plan.one_tile and self.hopper and fits:
+            # Gluon is young: only who needs it depends on it.
+            from .select_hopper import select_tokens_hopper_kernel as kernel
+
+            work = gpu.only(work, kernel)
+        self.launch(kernel, chunk.rows, how, **work)
         if self.space.selected_count is None:
             return
         self.launch(

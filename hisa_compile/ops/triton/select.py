@@ -206,7 +206,8 @@ def select_tokens_kernel(
     elif selected < K:
         _, batch, query_index = row_coordinates(first_row, row, S)
         start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
-        fill_outside_window(indices_ptr, keys_ptr, selected, start, end, K, K_TILE, FINAL, MARK_HIDDEN)
+        near = tl.arange(0, K_TILE)
+        fill_outside_window(indices_ptr, keys_ptr, selected, start, end, K, near, FINAL, MARK_HIDDEN)
 
     tl.debug_barrier()
     for first_entry in range(0, selected, K_TILE):

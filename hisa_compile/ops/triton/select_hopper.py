@@ -1,0 +1,130 @@
+"""The selection of tokens for NVIDIA's sm_90, in Gluon: what is selected is written as it is to be, from registers.
+
+:mod:`.select`, for any GPU, first writes columns and then reads these, their scores and their blocks again: which
+thread writes what is not its to say.  That is a quarter of its instructions and three waits for memory.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .finish import fill_outside_window
+from .keys import HIDDEN_KEY, stored_key
+from .kth import kth_key, load_keys, one_of
+from .overlap import wait_for_kernel_before
+from .select import row_range
+from .visible import row_coordinates, row_window
+
+# Columns that the threads of a warp hold side by side, four each.
+_RUN = gl.constexpr(128)
+
+
+@gluon.constexpr_function
+def _held(warps):
+    """The layout of a row's columns as [.., FOUR, warps, 32, 4]: runs go to the warps in turn."""
+    return gl.BlockedLayout([1, 1, 1, 1, 4], [1, 1, 1, 32, 1], [1, 1, warps, 1, 1], [4, 3, 2, 1, 0])
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _before(counts):
+    """The sum of ``counts``, each 0 or 1, before each column; both [.., FOUR, warps, 32, 4], see :func:`_held`."""
+    OUTER: gl.constexpr = counts.shape[0]
+    FOUR: gl.constexpr = counts.shape[1]
+    WARPS: gl.constexpr = counts.shape[2]
+    RUNS: gl.constexpr = OUTER * FOUR * WARPS
+    held: gl.constexpr = _held(WARPS)
+    of_lanes: gl.constexpr = gl.SliceLayout(4, held)
+    of_runs: gl.constexpr = gl.SliceLayout(3, of_lanes)
+    # Of four runs one integer is made: a byte holds what a run counts.
+    shift = 8 * gl.arange(0, FOUR, layout=gl.SliceLayout(0, gl.SliceLayout(2, of_runs)))[None, :, None]
+    packed = gl.sum(gl.sum(counts, axis=4) << shift[:, :, :, None], axis=1)
+    # The same layout by another name, of which the compiler knows how to add up.
+    flat: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
+    inside = gl.associative_scan(gl.convert_layout(packed, flat, assert_trivial=True), 2, _add)
+    inside = gl.convert_layout(inside, gl.SliceLayout(1, of_lanes), assert_trivial=True) - packed
+    inside = (inside[:, None, :, :] >> shift[:, :, :, None]) & 255
+    # Of each run what the runs before it count, which is a matter for a warp.
+    total = (gl.sum(packed[:, None, :, :], axis=3) >> shift) & 255
+    near: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    total = gl.convert_layout(gl.reshape(total, [RUNS]), near)
+    earlier = gl.reshape(gl.associative_scan(total, 0, _add) - total, [OUTER, FOUR, WARPS])
+    inside += gl.convert_layout(earlier, of_runs)[:, :, :, None]
+    return inside[:, :, :, :, None] + gl.associative_scan(counts, 4, _add) - counts
+
+
+@gluon.jit(do_not_specialize=["first_row", "S", "T", "block_topk", "K"])
+def select_tokens_hopper_kernel(
+    start_ptr, start_sb, start_ss,
+    end_ptr, end_sb, end_ss,
+    kept_ptr, kept_count_ptr, token_scores_ptr,
+    indices_ptr, keys_ptr, selected_count_ptr,
+    first_row, S, T, pitch, block_topk, K,
+    BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr, FINAL: gl.constexpr, MARK_HIDDEN: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """:func:`.select.select_tokens_kernel` for rows of no more than TILE columns, with the same grid, and, as far as it
+    has them, the same arguments.  TILE is a multiple of 128 columns a warp, BLOCK_SIZE of 4.
+    """
+    wait_for_kernel_before(OVERLAP)
+    WARPS: gl.constexpr = gl.num_warps()
+    FOUR: gl.constexpr = min(4, TILE // (_RUN * WARPS))
+    OUTER: gl.constexpr = TILE // (_RUN * WARPS * FOUR)
+    held: gl.constexpr = _held(WARPS)
+    of_lanes: gl.constexpr = gl.SliceLayout(4, held)
+    of_runs: gl.constexpr = gl.SliceLayout(3, of_lanes)
+    row = gl.program_id(0)
+    first, past = row_range(
+        start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, kept_count_ptr, first_row, row, S, T, BLOCK_SIZE
+    )
+    token_scores_ptr += row.to(gl.int64) * pitch
+    indices_ptr += (row.to(gl.int64) + first_row) * K
+    keys_ptr += (row.to(gl.int64) + first_row) * K
+
+    outer = gl.arange(0, OUTER, layout=gl.SliceLayout(1, gl.SliceLayout(2, of_runs)))
+    four = gl.arange(0, FOUR, layout=gl.SliceLayout(0, gl.SliceLayout(2, of_runs)))
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(0, gl.SliceLayout(1, of_runs)))
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, of_lanes))))
+    element = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, held)))))
+    run = (outer[:, None] * FOUR + four[None, :])[:, :, None] * WARPS + warp[None, None, :]
+    of_four = run[:, :, :, None] * _RUN + lane[None, None, None, :] * 4
+    element = element[None, None, None, None, :]
+    column = of_four[:, :, :, :, None] + element
+
+    one = one_of(K)
+    if (first <= 0) & (past >= TILE):
+        keys = stored_key(gl.load(token_scores_ptr + column))
+    else:
+        keys = load_keys(token_scores_ptr, column, first, past)
+    threshold, ties, selected = kth_key(keys, K, one)
+    if ties != 0:
+        # Of those that are equal to it the first are selected, as if they were above it, and no other.
+        equal = keys == threshold
+        rank = _before(gl.where(equal, one, 0))
+        keys = gl.where(equal & (rank >= ties), HIDDEN_KEY, keys)
+        threshold -= 1
+    position = column
+    if kept_ptr is not None:
+        block = gl.load(kept_ptr + row.to(gl.int64) * block_topk + gl.minimum(of_four // BLOCK_SIZE, block_topk - 1))
+        position = (block * BLOCK_SIZE + of_four % BLOCK_SIZE)[:, :, :, :, None] + element
+    place = _before(gl.where(keys > threshold, one, 0))
+    # Once more, which takes less than to keep the answers; the compiler cannot know that it is.
+    taken = keys > threshold + (one - 1)
+    gl.store(indices_ptr + place, position, mask=taken)
+    if FINAL:  # noqa: SIM102 (the one is known when the kernel is compiled, the other is not)
+        # From 0.0 on a score's bits are its key.
+        if threshold < 0:
+            keys = stored_key(keys)
+    gl.store(keys_ptr + place, keys, mask=taken)
+    if selected_count_ptr is not None:
+        gl.store(selected_count_ptr + row, selected)
+    elif selected < K:
+        _, batch, query_index = row_coordinates(first_row, row, S)
+        start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
+        near = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        fill_outside_window(indices_ptr, keys_ptr, selected, start, end, K, near, FINAL, MARK_HIDDEN)
