@@ -49,13 +49,41 @@ def _before(counts):
     inside = gl.associative_scan(gl.convert_layout(packed, flat, assert_trivial=True), 2, _add)
     inside = gl.convert_layout(inside, gl.SliceLayout(1, of_lanes), assert_trivial=True) - packed
     inside = (inside[:, None, :, :] >> shift[:, :, :, None]) & 255
-    # Of each run what the runs before it count, which is a matter for a warp.
+    # Of each run what the runs before it count, which each warp adds up for itself.
     total = (gl.sum(packed[:, None, :, :], axis=3) >> shift) & 255
-    near: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    near: gl.constexpr = gl.BlockedLayout([max(1, RUNS // 32)], [32], [WARPS], [0])
     total = gl.convert_layout(gl.reshape(total, [RUNS]), near)
     earlier = gl.reshape(gl.associative_scan(total, 0, _add) - total, [OUTER, FOUR, WARPS])
     inside += gl.convert_layout(earlier, of_runs)[:, :, :, None]
     return inside[:, :, :, :, None] + gl.associative_scan(counts, 4, _add) - counts
+
+
+@gluon.jit
+def _columns(TILE: gl.constexpr):
+    """(the first of each four columns [.., FOUR, warps, 32], 0 to 3 along the last dimension), see :func:`_held`."""
+    WARPS: gl.constexpr = gl.num_warps()
+    FOUR: gl.constexpr = min(4, TILE // (_RUN * WARPS))
+    OUTER: gl.constexpr = TILE // (_RUN * WARPS * FOUR)
+    held: gl.constexpr = _held(WARPS)
+    of_lanes: gl.constexpr = gl.SliceLayout(4, held)
+    of_runs: gl.constexpr = gl.SliceLayout(3, of_lanes)
+    outer = gl.arange(0, OUTER, layout=gl.SliceLayout(1, gl.SliceLayout(2, of_runs)))
+    four = gl.arange(0, FOUR, layout=gl.SliceLayout(0, gl.SliceLayout(2, of_runs)))
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(0, gl.SliceLayout(1, of_runs)))
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, of_lanes))))
+    element = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, held)))))
+    run = (outer[:, None] * FOUR + four[None, :])[:, :, None] * WARPS + warp[None, None, :]
+    return run[:, :, :, None] * _RUN + lane[None, None, None, :] * 4, element[None, None, None, None, :]
+
+
+@gluon.jit
+def _write(columns_ptr, values_ptr, column, keys, values, threshold, one):
+    """Columns and values of the keys above the threshold, side by side."""
+    place = _before(gl.where(keys > threshold, one, 0))
+    # Once more, which takes less than to keep the answers; the compiler cannot know that it is.
+    taken = keys > threshold + (one - 1)
+    gl.store(columns_ptr + place, column, mask=taken)
+    gl.store(values_ptr + place, values, mask=taken)
 
 
 @gluon.jit(do_not_specialize=["first_row", "S", "T", "block_topk", "K"])
@@ -72,12 +100,6 @@ def select_tokens_hopper_kernel(
     has them, the same arguments.  TILE is a multiple of 128 columns a warp, BLOCK_SIZE of 4.
     """
     wait_for_kernel_before(OVERLAP)
-    WARPS: gl.constexpr = gl.num_warps()
-    FOUR: gl.constexpr = min(4, TILE // (_RUN * WARPS))
-    OUTER: gl.constexpr = TILE // (_RUN * WARPS * FOUR)
-    held: gl.constexpr = _held(WARPS)
-    of_lanes: gl.constexpr = gl.SliceLayout(4, held)
-    of_runs: gl.constexpr = gl.SliceLayout(3, of_lanes)
     row = gl.program_id(0)
     first, past = row_range(
         start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, kept_count_ptr, first_row, row, S, T, BLOCK_SIZE
@@ -86,16 +108,8 @@ def select_tokens_hopper_kernel(
     indices_ptr += (row.to(gl.int64) + first_row) * K
     keys_ptr += (row.to(gl.int64) + first_row) * K
 
-    outer = gl.arange(0, OUTER, layout=gl.SliceLayout(1, gl.SliceLayout(2, of_runs)))
-    four = gl.arange(0, FOUR, layout=gl.SliceLayout(0, gl.SliceLayout(2, of_runs)))
-    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(0, gl.SliceLayout(1, of_runs)))
-    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, of_lanes))))
-    element = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, held)))))
-    run = (outer[:, None] * FOUR + four[None, :])[:, :, None] * WARPS + warp[None, None, :]
-    of_four = run[:, :, :, None] * _RUN + lane[None, None, None, :] * 4
-    element = element[None, None, None, None, :]
+    of_four, element = _columns(TILE)
     column = of_four[:, :, :, :, None] + element
-
     one = one_of(K)
     if (first <= 0) & (past >= TILE):
         keys = stored_key(gl.load(token_scores_ptr + column))
@@ -112,19 +126,15 @@ def select_tokens_hopper_kernel(
     if kept_ptr is not None:
         block = gl.load(kept_ptr + row.to(gl.int64) * block_topk + gl.minimum(of_four // BLOCK_SIZE, block_topk - 1))
         position = (block * BLOCK_SIZE + of_four % BLOCK_SIZE)[:, :, :, :, None] + element
-    place = _before(gl.where(keys > threshold, one, 0))
-    # Once more, which takes less than to keep the answers; the compiler cannot know that it is.
-    taken = keys > threshold + (one - 1)
-    gl.store(indices_ptr + place, position, mask=taken)
-    if FINAL:  # noqa: SIM102 (the one is known when the kernel is compiled, the other is not)
-        # From 0.0 on a score's bits are its key.
-        if threshold < 0:
-            keys = stored_key(keys)
-    gl.store(keys_ptr + place, keys, mask=taken)
+    # From 0.0 on a score's key is its bits.
+    if FINAL and threshold < 0:
+        _write(indices_ptr, keys_ptr, position, keys, stored_key(keys), threshold, one)
+    else:
+        _write(indices_ptr, keys_ptr, position, keys, keys, threshold, one)
     if selected_count_ptr is not None:
         gl.store(selected_count_ptr + row, selected)
     elif selected < K:
         _, batch, query_index = row_coordinates(first_row, row, S)
         start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
-        near = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        near = gl.arange(0, 32 * gl.num_warps(), layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
         fill_outside_window(indices_ptr, keys_ptr, selected, start, end, K, near, FINAL, MARK_HIDDEN)
