@@ -66,6 +66,7 @@ MORE: dict[str, Given] = {
     "spread": {"coarse": "spread"},
     "probe": {"coarse": "probe"},
     "two levels": {"coarse": "two-level", "block_size": 64, "block_topk": 16},
+    "small blocks": {"coarse": "paper", "block_size": 32, "block_topk": 32},
     "unsorted": {"coarse": "paper", "sorted": False, "mark_hidden": True},
     "every block kept": {"coarse": "paper", "block_topk": 40},
     "long rows": {"coarse": "paper", "block_topk": 130, "tokens": 128 * 150},

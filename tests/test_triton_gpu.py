@@ -39,10 +39,12 @@ from triton_cases import (
 import hisa_compile
 from hisa_compile.ops import Budget, Visibility
 from hisa_compile.ops.coarse import outer_size
-from hisa_compile.ops.triton import config, gpu, launch, launch_refine
+from hisa_compile.ops.triton import config, configurations, gpu, launch, launch_refine
 from hisa_compile.ops.triton.coarse_hopper import coarse_hopper_kernel
+from hisa_compile.ops.triton.configurations import Configuration, Shape
 from hisa_compile.ops.triton.refine_hopper import refine_by_block_hopper_kernel
 from hisa_compile.ops.triton.refine_row_hopper import refine_by_row_hopper_kernel
+from hisa_compile.ops.triton.select_hopper import select_tokens_hopper_kernel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU")]
 
@@ -373,6 +375,8 @@ def test_hoppers_kernel_gives_the_same_bits(
         (24, 80, 64, 4),
         (16, 32, 256, 1),
         (128, 64, 256, 2),
+        (64, 128, 192, 2),
+        (256, 64, 32, 40),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, FP8], ids=str)
@@ -380,7 +384,7 @@ def test_hoppers_kernel_by_row_gives_the_same_bits(
     dtype: torch.dtype, heads: int, dim: int, block_size: int, queries: int, factors: str
 ) -> None:
     """Against the one for every GPU, with tiles of either size: negative scales, NaN, ragged ends, rows with few blocks
-    or none, a row in one program and in several."""
+    or none, a row in two programs and in many, more copies on their way than a program has tiles."""
     batch, tokens = 2, 2500
     block_topk = 1024 // block_size
     case = gaussian_case(
@@ -400,6 +404,14 @@ def test_hoppers_kernel_by_row_gives_the_same_bits(
     with mock.patch.object(config, "MANY_ROW_PROGRAMS", 1), launched() as kernels:
         assert_equal(run(case), got)
     assert refine_by_row_hopper_kernel in kernels
+    if heads <= 128:
+        row = {Shape("refine_by_row_hopper"): Configuration(stages=3, maxnreg=168)}
+        for programs in (1, 512):
+            with (
+                mock.patch.dict(configurations.TABLE[90], row),
+                mock.patch.object(config, "MANY_ROW_PROGRAMS", programs),
+            ):
+                assert_equal(run(case), got)
     with mock.patch.object(gpu, "is_hopper", return_value=False), launched() as kernels:
         expected = run(case)
     assert launch_refine.refine_by_row_kernel in kernels
@@ -527,7 +539,8 @@ def test_sizes_that_change_do_not_recompile() -> None:
     for shape in shapes[1:3]:
         run(gaussian_case(*shape, 16, 64, torch.bfloat16, **budget))
     kernels = (launch.coarse_kernel, launch_refine.refine_by_block_kernel, launch_refine.refine_by_row_kernel)
-    kernels += (coarse_hopper_kernel, refine_by_row_hopper_kernel, launch.select_tokens_kernel, launch.fill_kernel)
+    kernels += (coarse_hopper_kernel, refine_by_row_hopper_kernel, select_tokens_hopper_kernel)
+    kernels += (launch.select_tokens_kernel, launch.fill_kernel)
     # Strides are specialised on being 1 and on divisibility by 16, which these shapes leave alone.
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     for shape in shapes:

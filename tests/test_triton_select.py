@@ -184,8 +184,8 @@ def test_hoppers_selection_writes_the_same(columns: int, block_size: int, final:
         kept = every[:, :kept_blocks].sort(1).values.int().to(DEVICE)
         count = torch.randint(0, kept_blocks + 1, [rows], generator=generator).int().to(DEVICE)
         count[::2] = kept_blocks
-    end = torch.randint(0, columns + 1, [rows, 1], generator=generator).int().to(DEVICE)
-    end[::2] = columns
+    start, end = torch.randint(0, columns + 1, [2, rows, 1], generator=generator).int().to(DEVICE)
+    start[::2], end[::2] = 0, columns
     tile = power_of_2(columns)
     how = config.select_launch("select_tokens", columns, 90)
     if tile < 128 * how.num_warps:
@@ -196,7 +196,7 @@ def test_hoppers_selection_writes_the_same(columns: int, block_size: int, final:
             for kernel in (select_tokens_kernel, select_tokens_hopper_kernel):
                 indices, out = torch.full((2, rows, k), -7, dtype=torch.int32, device=DEVICE)
                 selected_count = torch.full([rows], -7, dtype=torch.int32, device=DEVICE) if counted else None
-                work = gpu.strided("start", None, "bs") | gpu.strided("end", end, "bs")
+                work = gpu.strided("start", start, "bs") | gpu.strided("end", end, "bs")
                 work |= {"kept_ptr": kept, "kept_count_ptr": count, "token_scores_ptr": scores, "pitch": columns + 16}
                 work |= {"indices_ptr": indices, "keys_ptr": out, "selected_count_ptr": selected_count}
                 work |= {"candidates_ptr": None, "counts_ptr": None, "segments": 1, "STEP": 1, "K_TILE": 1024}

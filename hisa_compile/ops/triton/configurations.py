@@ -118,6 +118,8 @@ _ANYWHERE: Rows = {
     Shape("refine_by_row", 4): Configuration(stages=1),
     # Four programs share a multiprocessor.
     Shape("refine_by_row_hopper"): Configuration(stages=2, maxnreg=128),
+    Shape("refine_by_row_hopper", 1, 256): Configuration(stages=2, maxnreg=232),
+    Shape("refine_by_row_hopper", 2, 256): Configuration(stages=2, maxnreg=232),
     # One warp counts short rows without waiting for others.
     Shape("select_blocks"): Configuration(num_warps=8, maxnreg=128),
     Shape("select_blocks", width=512): Configuration(num_warps=1),

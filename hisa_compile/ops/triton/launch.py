@@ -147,7 +147,10 @@ class _Call:
         self.query_rows = query_rows(q) if hopper and (self.plan.by_block or by_row) else None
         self.box_rows = key_rows(k) if by_row and self.query_rows is not None else None
         if self.box_rows is not None:
-            self.box_desc = describe(k[:, None], self.box_rows, self.plan.box, tiles.tile_dim)
+            # Several boxes of a tile are copied 128 bytes of a key at a time, as products have them.
+            several = self.plan.box < self.plan.row_tile
+            span = min(tiles.tile_dim, 128 // q.dtype.itemsize) if several else tiles.tile_dim
+            self.box_desc = describe(k[:, None], self.box_rows, self.plan.box, span)
         elif by_row:
             self.query_rows = None
         # Widened queries lie side by side, and rows are copied from multiples of 16 bytes.
@@ -160,7 +163,8 @@ class _Call:
         self.key_rows = None
         if self.plan.sample is not None and windows_only and self.hopper:
             whole = self.block_size % config.PROBE_TILE == 0 or self.block_size in (16, 32)
-            probed = q.dtype.itemsize < 4 and 0 < self.dim <= 128 and whole
+            outer = self.plan.outer is None or self.plan.outer.block_size % config.PROBE_TILE == 0
+            probed = q.dtype.itemsize < 4 and 0 < self.dim <= self.plan.probe_tiles.tile_dim and whole and outer
             self.key_rows = key_rows(k) if probed else None
         if self.key_rows is not None:
             self.k_desc = describe(k[:, None], self.key_rows, config.PROBE_TILE, self.plan.probe_tiles.tile_dim)
@@ -400,7 +404,7 @@ class _Call:
         work |= {"FINAL": not self.sorted, "MARK_HIDDEN": self.mark_hidden, "ONE_TILE": self.plan.one_tile}
         work["K_TILE"] = min(power_of_2(self.width), config.EMIT_TILE)
         # Four neighbours are of one block, and each warp has columns.
-        fits = self.block_size % 4 == 0 and of_rows["TILE"] >= 128 * how.num_warps
+        fits = (self.block_size % 4 == 0 or not self.plan.prune) and of_rows["TILE"] >= 128 * how.num_warps
         if self.plan.one_tile and self.hopper and fits:
             # Gluon is young: only who needs it depends on it.
             from .select_hopper import select_tokens_hopper_kernel as kernel

@@ -39,7 +39,7 @@ def _block_of(kept_ptr, column, high, BLOCK_SIZE: gl.constexpr):
 def _places(kept_ptr, first_column, high, PARTS: gl.constexpr, BOX: gl.constexpr, BLOCK_SIZE: gl.constexpr):
     """The first tokens of the PARTS boxes of BOX columns from the first column on.
 
-    Past the last box it is that one again: its keys are near, others would be read from memory for nothing.
+    Past the last box it is that one again, which is not copied.
     """
     places = ()
     for part in gl.static_range(PARTS):
@@ -49,13 +49,18 @@ def _places(kept_ptr, first_column, high, PARTS: gl.constexpr, BOX: gl.constexpr
 
 
 @gluon.jit
-def _fetch(k_desc, full, k_boxes, stage, k_row, places, PARTS: gl.constexpr, BYTES: gl.constexpr):
-    """Start copying boxes of keys, side by side, into a stage's buffer, which everyone is done with."""
-    mbarrier.expect(full.index(stage), PARTS * BYTES)
+def _fetch(
+    k_desc, full, k_boxes, stage, k_row, places, wanted,
+    PARTS: gl.constexpr, SPANS: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
+    """Start copying boxes of keys, side by side, into a stage's buffer, which everyone is done with, if ``wanted``."""
+    mbarrier.expect(full.index(stage), SPANS * PARTS * BYTES, pred=wanted)
     barrier()
-    for part in gl.static_range(PARTS):
-        into = k_boxes.index(stage * PARTS + part)
-        tma.async_copy_global_to_shared(k_desc, [k_row + places[part], 0], full.index(stage), into)
+    for span in gl.static_range(SPANS):
+        for part in gl.static_range(PARTS):
+            at = [k_row + places[part], span * k_desc.block_shape[1]]
+            into = k_boxes.index((stage * SPANS + span) * PARTS + part)
+            tma.async_copy_global_to_shared(k_desc, at, full.index(stage), into, pred=wanted)
 
 
 @gluon.jit
@@ -81,25 +86,25 @@ def _factors(
 
 @gluon.jit
 def _turn(
-    k_boxes, first, past, kept_ptr, first_column, high, start, end, scale_ptr, scale_sb, scale_st, batch,
-    BLOCK_SIZE: gl.constexpr,
+    k_boxes, first, kept_ptr, first_column, high, start, end, scale_ptr, scale_sb, scale_st, batch,
+    PARTS: gl.constexpr, SPANS: gl.constexpr, BLOCK_SIZE: gl.constexpr,
 ):  # fmt: skip
     """Negate the keys of a tile whose scale is negative: rare, and of products it would be the same, bit for bit.
 
-    The tile is the boxes [first, past).
+    The tile is the boxes from the ``first`` on.
     """
     BOX: gl.constexpr = k_boxes.shape[1]
     VECTOR: gl.constexpr = 128 // k_boxes.dtype.primitive_bitwidth
     LANES: gl.constexpr = k_boxes.shape[2] // VECTOR
     copy: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     inside = gl.arange(0, BOX, layout=gl.SliceLayout(1, copy))
-    # Not unrolled: it is to take no registers of what is done for every tile.
-    for number in range(first, gl.minimum(past, first + (high - first_column) // BOX)):
-        column = first_column + (number - first) * BOX + inside
+    # Not unrolled, for which the compiler must not know how often: registers are for what is done for every tile.
+    for number in range(gl.minimum(SPANS * PARTS, high - first_column)):
+        column = first_column + number % PARTS * BOX + inside
         block = _block_of(kept_ptr, column, high, BLOCK_SIZE)
         token, visible = _tokens(block, column, high, start, end, BLOCK_SIZE)
         sign = load_factor(scale_ptr, scale_sb, scale_st, batch, token, visible)
-        keys = k_boxes.index(number)
+        keys = k_boxes.index(first + number)
         keys.store(with_sign(keys.load(copy), sign))
     # The product reads them by another way than threads do.
     fence_async_shared()
@@ -136,12 +141,15 @@ def refine_by_row_hopper_kernel(
     BITS: gl.constexpr = q_desc.dtype.primitive_bitwidth
     BOX: gl.constexpr = k_desc.block_shape[0]
     PARTS: gl.constexpr = TILE // BOX
+    # Of several boxes those of more than 128 bytes a key lie behind each other, 128 bytes of all keys of a tile first.
+    SPAN: gl.constexpr = k_desc.block_shape[1]
+    SPANS: gl.constexpr = TILE_D // SPAN
     Q_BYTES: gl.constexpr = PADDED_H * TILE_D * BITS // 8
-    K_BYTES: gl.constexpr = BOX * TILE_D * BITS // 8
+    K_BYTES: gl.constexpr = BOX * SPAN * BITS // 8
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PADDED_H, 256 // BITS])
     heads: gl.constexpr = gl.SliceLayout(0, product)
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PADDED_H, TILE_D], q_desc.dtype)
-    k_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BOX, TILE_D], q_desc.dtype)
+    k_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BOX, SPAN], q_desc.dtype)
 
     row = gl.program_id(0) // groups
     _, batch, query = row_coordinates(first_row, row, S)
@@ -154,7 +162,7 @@ def refine_by_row_hopper_kernel(
         q_tile = gl.allocate_shared_memory(q_desc.dtype, [PADDED_H, TILE_D], q_shared)
         q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(q_full, count=1)
-        k_boxes = gl.allocate_shared_memory(q_desc.dtype, [STAGES * PARTS, BOX, TILE_D], k_shared)
+        k_boxes = gl.allocate_shared_memory(q_desc.dtype, [STAGES * SPANS * PARTS, BOX, SPAN], k_shared)
         k_tiles = k_boxes._reinterpret(q_desc.dtype, [STAGES, TILE, TILE_D], k_shared)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
@@ -165,7 +173,8 @@ def refine_by_row_hopper_kernel(
         tma.async_copy_global_to_shared(q_desc, [q_row, 0], q_full, q_tile)
         for stage in gl.static_range(STAGES - 1):
             places = _places(kept_ptr, low + stage * TILE, high, PARTS, BOX, BLOCK_SIZE)
-            _fetch(k_desc, full, k_boxes, stage, k_row, places, PARTS, K_BYTES)
+            wanted = low + stage * TILE < high
+            _fetch(k_desc, full, k_boxes, stage, k_row, places, wanted, PARTS, SPANS, K_BYTES)
         ahead = _places(kept_ptr, low + (STAGES - 1) * TILE, high, PARTS, BOX, BLOCK_SIZE)
 
         head = gl.arange(0, PADDED_H, layout=heads)
@@ -196,13 +205,14 @@ def refine_by_row_hopper_kernel(
             if scale_ptr is not None:  # noqa: SIM102 (the one is known when the kernel is compiled, not the other)
                 if is_any_negative(gl.reshape(scale, [32 * WARPS])):
                     _turn(
-                        k_boxes, stage * PARTS, (stage + 1) * PARTS, kept_ptr, here, high, start, end,
-                        scale_ptr, scale_sb, scale_st, batch, BLOCK_SIZE,
+                        k_boxes, stage * SPANS * PARTS, kept_ptr, here, high, start, end,
+                        scale_ptr, scale_sb, scale_st, batch, PARTS, SPANS, BLOCK_SIZE,
                     )  # fmt: skip
             keys = k_tiles.index(stage)
             products = warpgroup_mma(keys, q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
             # Into the buffer of the tile before, whose product everyone has waited for.
-            _fetch(k_desc, full, k_boxes, (stage + STAGES - 1) % STAGES, k_row, ahead, PARTS, K_BYTES)
+            wanted = here + (STAGES - 1) * TILE < high
+            _fetch(k_desc, full, k_boxes, (stage + STAGES - 1) % STAGES, k_row, ahead, wanted, PARTS, SPANS, K_BYTES)
             ahead = _places(kept_ptr, here + STAGES * TILE, high, PARTS, BOX, BLOCK_SIZE)
             token, next_visible = _tokens(block, here + TILE + position, high, start, end, BLOCK_SIZE)
             next_scale, next_factor = _factors(
@@ -222,13 +232,7 @@ def refine_by_row_hopper_kernel(
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        # Copies must not arrive in the shared memory of whoever comes after.
-        for _stage in gl.static_range(STAGES - 1):
-            mbarrier.wait(full.index(stage), phase)
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
+        # All copies have arrived: each was waited for.
         for each in gl.static_range(STAGES):
             mbarrier.invalidate(full.index(each))
         mbarrier.invalidate(q_full)
