@@ -150,7 +150,8 @@ def test_every_kernel_compiles_at_the_papers_sizes(
 ) -> None:
     """H = 64, D = 128, topk = 2048, B = 128, m = 64, a query and many, within the architecture's shared memory."""
     one, many = record(monkeypatch, dtype, arch), record(monkeypatch, dtype, arch, queries=1024)
-    assert len(one) == 7
+    # The refinement for sm_90 keeps blocks itself.
+    assert len(one) == 7 - (arch == "sm_90" and dtype != torch.float32)
     # Queries in float8 are widened for the coarse kernel of sm_90.
     widened = arch == "sm_90" and dtype == torch.float8_e4m3fn
     assert len(many) == (7 if dtype == torch.float32 else 8 + widened)

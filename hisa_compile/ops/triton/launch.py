@@ -195,6 +195,8 @@ class _Call:
         )
         self.sharing = {"shares": shares, "least": config.LEAST_SHARE, "run_cost": config.RUN_COST}
         self.space = Workspace(self.plan, heads, self.dim, self.wide, of_probe, filled_apart, shares, self.empty)
+        # A launch less for whoever waits for little else; who fills rows up asks for flags of kept blocks.
+        self.keeps = self.plan.keeps and self.box_rows is not None and not filled_apart
 
     def run(self) -> None:
         ranked = self.plan.by_means
@@ -219,7 +221,8 @@ class _Call:
                     self.select_blocks(chunk, at, self.plan.outer)
                 if self.plan.sample is not None:
                     launch_probe(self, chunk, at, self.plan.sample)
-                self.select_blocks(chunk, at, self.plan.inner)
+                if not self.keeps:
+                    self.select_blocks(chunk, at, self.plan.inner)
                 if self.plan.pairs_listed:
                     self.list_pairs(chunk, at)
             launch_refine(self, chunk, at)
@@ -289,7 +292,7 @@ class _Call:
         tiles = cdiv(ranked.blocks, tile)
         work = self.query | self.seen | means | at | self.shape | {"BLOCK_SIZE": ranked.block_size, "TILE": tile}
         work["SPREAD"] = self.spread
-        work |= {"block_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch, "M": ranked.blocks}
+        work |= {"block_scores_ptr": self.space.block_scores, "pitch": self.plan.pitch, "M": ranked.blocks}
         work |= {"counts_ptr": self.space.counts, "counts": self.plan.counts(chunk)}
         if self.plan.outer is not None:
             work |= {"counts_ptr": self.space.listed_count, "counts": self.plan.probe_groups(chunk)}
@@ -323,7 +326,7 @@ class _Call:
             chunk.rows,
             config.select_launch("select_blocks", ranked.blocks, self.architecture),
             **(self.window | into | at),
-            block_scores_ptr=self.space.score_bits,
+            block_scores_ptr=self.space.block_scores,
             rows_per_batch=chunk.of_batch,
             M=ranked.blocks,
             pitch=self.plan.pitch,

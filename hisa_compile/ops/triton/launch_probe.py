@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def launch_probe(call: _Call, chunk: Chunk, at: dict[str, int], sample: Sample) -> None:
-    """Scores of blocks by their tokens, in ``call.space.score_bits``."""
+    """Scores of blocks by their tokens, in ``call.space.block_scores``."""
     tiles, groups = call.plan.probe_tiles, call.plan.probe_groups(chunk)
     heads = {"heads_ptr": call.space.heads}
     names = ("q_ptr", "q_sb", "q_ss", "q_sh", "q_sd", "w_ptr", "w_sr")
@@ -57,7 +57,7 @@ def launch_probe(call: _Call, chunk: Chunk, at: dict[str, int], sample: Sample) 
     splits = max(1, min(units, how.programs // groups))
     work |= levels | {
         "thresholds_ptr": call.space.thresholds,
-        "block_scores_ptr": call.space.score_bits,
+        "block_scores_ptr": call.space.block_scores,
         "counts_ptr": call.space.counts,
         "splits": splits,
         "M": call.plan.blocks,
@@ -94,7 +94,7 @@ def list_outer(call: _Call, chunk: Chunk, at: dict[str, int], groups: int) -> di
         **call.window,
         **at,
         **work,
-        block_scores_ptr=space.score_bits,
+        block_scores_ptr=space.block_scores,
         rows_per_batch=chunk.of_batch,
         M=call.plan.blocks,
         pitch=call.plan.pitch,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import config, gpu
 from .plan import Chunk, rows_past_a_tile
 from .refine import refine_by_block_kernel, refine_by_row_kernel
-from .sizes import cdiv
+from .sizes import cdiv, power_of_2
 
 if TYPE_CHECKING:
     from .launch import _Call
@@ -37,6 +37,9 @@ def _by_row(call: _Call, chunk: Chunk, work: dict[str, Any]) -> None:
         tile = call.plan.row_tile
         work = gpu.only(work, kernel) | call.described(call.query_rows, call.q_desc)
         work |= {"k_desc": call.box_desc, "k_batch_rows": call.box_rows.of_batch}
+        # As many blocks at least as its warps hold side by side.
+        row = max(128 * how.num_warps, power_of_2(call.plan.blocks)) if call.keeps else 0
+        work |= {"block_scores_ptr": call.space.block_scores if call.keeps else None, "KEPT_ROW": row}
         del work["w_desc"]
     count = cdiv(call.plan.columns, tile)
     # Of many rows each is two programs' work, so that the last ones that run are shorter.

@@ -78,6 +78,9 @@ class Plan:
     sample: of the probe, None where blocks go by their means or none is left out.
     tiles, probe_tiles: shapes of the products.
     columns, pitch: candidates of a row, and the length of a row of scores in memory, a multiple of 16.
+    keeps, beside: where rows are few the refinement, on sm_90, may keep blocks itself, program by program: their scores
+        are then behind the row's first ``beside`` columns, which those of candidates have; 0 where they are in one
+        place.
     one_tile: a row's candidates fit the registers of the program that selects among them.
     window_suffices: where windows alone hide tokens, a row has as many candidates as are to be selected, or its whole
         window.
@@ -127,7 +130,13 @@ class Plan:
         # these when sorted tiles are.
         packed = 2 * self.sort_tiles * self.sort_tile if self.merged else 0
         sampled = 0 if self.sample is None else self.sample.size
-        self.pitch = 16 * cdiv(max(self.columns, self.blocks if self.prune else 0, packed, sampled), 16)
+        ranked = self.blocks if self.prune else 0
+        self.keeps = self.prune and queries < config.FEW_ROWS and self.blocks <= config.KEPT_ROW and architecture == 90
+        self.beside = 16 * cdiv(self.columns, 16) if self.keeps else 0
+        if self.keeps:
+            # Scoring kernels write whole tiles.
+            ranked = self.beside + self.tiles.tile * cdiv(self.blocks, self.tiles.tile)
+        self.pitch = 16 * cdiv(max(self.columns, ranked, packed, sampled), 16)
 
         row_bytes = 4 * self.pitch + 4 + 4 * heads
         if self.prune:

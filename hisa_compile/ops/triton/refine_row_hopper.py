@@ -26,6 +26,7 @@ from .keys import HIDDEN_BITS, score_bits
 from .operands import load_factor
 from .overlap import wait_for_kernel_before
 from .score import head_sum, is_any_negative
+from .select_hopper import keep_blocks
 from .visible import row_coordinates, row_window
 
 
@@ -124,13 +125,17 @@ def refine_by_row_hopper_kernel(
     k_weight_ptr, k_weight_sb, k_weight_st,
     start_ptr, start_sb, start_ss,
     end_ptr, end_sb, end_ss,
-    kept_ptr, kept_count_ptr, token_scores_ptr,
+    kept_ptr, kept_count_ptr, block_scores_ptr, token_scores_ptr,
     first_row, groups, group_columns, S, T, pitch, block_topk,
-    H: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    H: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEPT_ROW: gl.constexpr,
     PADDED_H: gl.constexpr, TILE_D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """:func:`.refine.refine_by_row_kernel` with the same grid, and, as far as it has them, the same arguments.
+
+    Where block_scores_ptr is given, the scores of no more than KEPT_ROW blocks a row, ``pitch`` apart as those of
+    tokens, which blocks are kept is not known yet: each program of a row selects them, and writes kept_ptr and
+    kept_count_ptr.
 
     BLOCK_SIZE divides TILE, or the other way round.  q_desc as in
     :func:`.refine_hopper.refine_by_block_hopper_kernel`; k_desc describes k as a matrix of rows of D elements, a
@@ -155,8 +160,15 @@ def refine_by_row_hopper_kernel(
     _, batch, query = row_coordinates(first_row, row, S)
     start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query, T)
     low = gl.program_id(0) % groups * group_columns
-    high = gl.minimum(gl.load(kept_count_ptr + row) * BLOCK_SIZE, low + group_columns)
     kept_ptr += row.to(gl.int64) * block_topk
+    if block_scores_ptr is not None:
+        block_scores_ptr += row.to(gl.int64) * pitch
+        kept = keep_blocks(
+            block_scores_ptr, kept_ptr, kept_count_ptr + row, start, end, block_topk, BLOCK_SIZE, KEPT_ROW
+        )
+    else:
+        kept = gl.load(kept_count_ptr + row)
+    high = gl.minimum(kept * BLOCK_SIZE, low + group_columns)
     if low < high:
         k_row = (batch * k_batch_rows).to(gl.int32)
         q_tile = gl.allocate_shared_memory(q_desc.dtype, [PADDED_H, TILE_D], q_shared)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from .finish import fill_outside_window
+from .hopper import barrier
 from .keys import HIDDEN_KEY, stored_key
-from .kth import kth_key, load_keys, one_of
+from .kth import but, kth_key, load_keys, one_of
 from .overlap import wait_for_kernel_before
 from .select import row_range
 from .visible import row_coordinates, row_window
@@ -86,6 +88,58 @@ def _write(columns_ptr, values_ptr, column, keys, values, threshold, one):
     gl.store(values_ptr + place, values, mask=taken)
 
 
+@gluon.jit
+def _first_of_equal(keys, threshold, ties, one):
+    """(keys, threshold) without ties: of those equal to it the first are selected, as if they were above it."""
+    if ties != 0:
+        equal = keys == threshold
+        rank = _before(gl.where(equal, one, 0))
+        keys = gl.where(equal & (rank >= ties), HIDDEN_KEY, keys)
+        threshold -= 1
+    return keys, threshold
+
+
+@gluon.jit
+def keep_blocks(
+    scores_ptr, kept_ptr, kept_count_ptr, start, end, block_topk, BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr
+):
+    """:func:`.select.select_blocks_kernel` for one row [start, end) of no more than TILE blocks, a multiple of 128 a
+    warp, by a program that goes on from there.
+
+    scores_ptr, kept_ptr, kept_count_ptr: the row's.  Several programs of a row write the same.  Returns how many blocks
+    are kept; all threads of the program can read which, and copies may arrive where it had something in shared memory.
+    """
+    first_block = (start // BLOCK_SIZE).to(gl.int32)
+    past_block = gl.where(start < end, (end + BLOCK_SIZE - 1) // BLOCK_SIZE, 0).to(gl.int32)
+    of_four, element = _columns(TILE)
+    column = of_four[:, :, :, :, None] + element
+    keys = load_keys(scores_ptr, column, first_block, past_block)
+    # The first and the last eligible block; none at all leaves first > last.
+    first = gl.min(gl.where(keys != HIDDEN_KEY, column, past_block), axis=None)
+    last = gl.max(gl.where(keys != HIDDEN_KEY, column, -1), axis=None)
+    always = gl.where(first > last, 0, gl.where(first == last, 1, 2))
+    one = one_of(block_topk)
+    keys = but(keys, column, first, last)
+    threshold, ties, count = kth_key(keys, block_topk - always, one)
+    keys, threshold = _first_of_equal(keys, threshold, ties, one)
+    # The two that are always kept are not among the keys: nothing eligible lies before one or behind the other.
+    place = _before(gl.where(keys > threshold, one, 0)) + gl.where(column > first, 1, 0)
+    inside = (column >= first_block) & (column < past_block)
+    taken = (keys > threshold + (one - 1)) | ((column == first) | (column == last)) & inside
+    gl.store(kept_ptr + place, column, mask=taken)
+    kept = count + always
+    gl.store(kept_count_ptr, kept)
+    # Read before it is known how many there are.
+    THREADS: gl.constexpr = 32 * gl.num_warps()
+    near = gl.arange(0, THREADS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    for base in range(kept // THREADS * THREADS, block_topk, THREADS):
+        slot = base + near
+        gl.store(kept_ptr + slot, slot * 0, mask=(slot >= kept) & (slot < block_topk))
+    fence_async_shared()
+    barrier()
+    return kept
+
+
 @gluon.jit(do_not_specialize=["first_row", "S", "T", "block_topk", "K"])
 def select_tokens_hopper_kernel(
     start_ptr, start_sb, start_ss,
@@ -116,12 +170,7 @@ def select_tokens_hopper_kernel(
     else:
         keys = load_keys(token_scores_ptr, column, first, past)
     threshold, ties, selected = kth_key(keys, K, one)
-    if ties != 0:
-        # Of those that are equal to it the first are selected, as if they were above it, and no other.
-        equal = keys == threshold
-        rank = _before(gl.where(equal, one, 0))
-        keys = gl.where(equal & (rank >= ties), HIDDEN_KEY, keys)
-        threshold -= 1
+    keys, threshold = _first_of_equal(keys, threshold, ties, one)
     position = column
     if kept_ptr is not None:
         block = gl.load(kept_ptr + row.to(gl.int64) * block_topk + gl.minimum(of_four // BLOCK_SIZE, block_topk - 1))

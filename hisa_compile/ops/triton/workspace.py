@@ -18,6 +18,7 @@ class Workspace:
 
     score_bits int32 [rows, pitch]: scores of outer blocks, then of the probe's sample, of blocks, of candidates, as
         :func:`.keys.score_bits` says.
+    block_scores: where in them those of blocks begin; rows are as far apart.
     selected_count: of the best tokens of each row, where a kernel of its own fills rows up.
     kept, kept_flag: the kept blocks, see :func:`.select.select_blocks_kernel`; none where every block is kept, no flags
         where no kernel of its own fills rows up.
@@ -48,6 +49,7 @@ class Workspace:
         lists = plan.chunks[0].batches * plan.blocks
 
         self.score_bits = empty(rows, plan.pitch)
+        self.block_scores = self.score_bits.view(-1)[plan.beside :]
         self.selected_count = empty(rows) if filled_apart else None
         self.kept: dict[str, Tensor | None] = {"kept_ptr": None, "kept_count_ptr": None}
         self.runs: dict[str, Tensor | None] = {"lists_ptr": None, "first_list_ptr": None, "totals_ptr": None}
