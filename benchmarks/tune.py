@@ -75,6 +75,7 @@ MEASURED = {name: (f"{name}_kernel",) for name in FIELDS} | {
         "guess_key_kernel",
         "list_candidates_kernel",
     ),
+    "select_few_tokens": ("select_tokens_kernel", "select_tokens_hopper_kernel"),
     "sort": ("sort_kernel", "sort_tiles_kernel", "merge_tiles_kernel"),
 }
 # What is tried instead of today's values.  A number of programs compiles nothing anew.
@@ -89,7 +90,8 @@ VARIATIONS: dict[str, tuple[dict[str, int | None], ...]] = {
     "refine_by_row": ({"stages": 2}, {"stages": 3}, {"stages": 4}, {"programs": 512}),
     "refine_by_row_hopper": ({"stages": 3}, {"stages": 3, "maxnreg": 168, "programs": 384}, {"maxnreg": 96}),
     "select_blocks": ({"num_warps": 1}, {"num_warps": 2}, {"num_warps": 4}),
-    "select_tokens": ({"num_warps": 4}, {"num_warps": 16}),
+    "select_tokens": ({"num_warps": 4}, {"num_warps": 8}, {"num_warps": 16}),
+    "select_few_tokens": ({"num_warps": 4}, {"num_warps": 16}),
     "sort": ({"num_warps": 4}, {"num_warps": 16}),
 }
 

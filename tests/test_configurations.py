@@ -113,8 +113,12 @@ def test_rows_of_the_field() -> None:
         assert {how.stages for how in float32.values()} == {1}
         for columns, expected in ((64, (1, None)), (512, (1, None)), (513, (4, None)), (2048, (4, None))):
             assert config.select_launch("select_blocks", columns, architecture)[1:3] == expected
-        for columns, registers in ((2049, 128), (8192, 128), (16384, 128), (16385, 80), (65536, 80)):
-            assert config.select_launch("select_tokens", columns, architecture)[1:3] == (8, registers)
+        many = {2049: (8, 128), 4097: (4, 168), 8192: (4, 168), 16384: (8, 168), 16385: (8, 80), 65536: (8, 80)}
+        for columns, expected in many.items():
+            for rows in (None, 265):
+                assert config.select_launch("select_tokens", columns, architecture, rows)[1:3] == expected
+        for columns, expected in ((512, (1, None)), (2048, (4, None)), (8192, (8, 128)), (16384, (8, 168))):
+            assert config.select_launch("select_tokens", columns, architecture, 264)[1:3] == expected
         assert [config.sort_launch(2**n, architecture).num_warps for n in (0, 9, 11, 12)] == [8, 8, 8, 8]
 
 
@@ -427,6 +431,8 @@ def test_a_run_finds_rows_and_writes_what_the_operator_reads(
     monkeypatch.setattr(tune, "timed", timed)
     monkeypatch.setattr(tune, "equal", lambda one, other: True)
     monkeypatch.setattr(tune, "machine", lambda: "a GPU")
+    # The small calls have 32 rows for the field's 1024, and 2.
+    monkeypatch.setattr(config, "FEW_SELECTIONS", 4)
     monkeypatch.setattr(gpu, "launch", run)
     out = tmp_path / "tuned.json"
     shapes = ["fp8-64x128", "bf16-32x64"]

@@ -26,7 +26,8 @@ SAME_AS: dict[Architecture, Architecture] = {103: 100, 121: 120}
 
 # What a row says, by what it is for.  by_block_groups: how far rows are cut for the refinement by block where every
 # block is kept, which is settled before it is known whether refine_by_block or its version for sm_90 runs.  The others
-# are kernels; select_tokens has what :mod:`.long_rows` does before it with it, sort is all three of :mod:`.finish`.
+# are kernels; select_tokens has what :mod:`.long_rows` does before it with it, select_few_tokens is the same for so few
+# rows that each has a multiprocessor for itself, sort is all three of :mod:`.finish`.
 FIELDS: dict[str, tuple[str, ...]] = {
     "coarse": ("stages", "maxnreg", "most_rows", "programs"),
     "coarse_hopper": ("stages", "maxnreg", "most_rows", "programs"),
@@ -39,10 +40,11 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "refine_by_row_hopper": ("stages", "maxnreg", "programs"),
     "select_blocks": ("num_warps", "maxnreg"),
     "select_tokens": ("num_warps", "maxnreg"),
+    "select_few_tokens": ("num_warps", "maxnreg"),
     "sort": ("num_warps",),
 }
 # Those that know no heads: their classes are widths.
-WIDE = ("select_blocks", "select_tokens", "sort")
+WIDE = ("select_blocks", "select_tokens", "select_few_tokens", "sort")
 # Those whose registers go by the tokens of a tile: a product of 64 takes half of what one of 128 does.
 TILED = ("refine_by_block_hopper",)
 # Entries of a row, or of a tile of one, at most; the last class has all that are longer, too.
@@ -129,8 +131,17 @@ _ANYWHERE: Rows = {
     Shape("select_tokens", width=512): Configuration(num_warps=1),
     Shape("select_tokens", width=1024): Configuration(num_warps=4),
     Shape("select_tokens", width=2048): Configuration(num_warps=4),
+    # More programs on a multiprocessor, each with fewer threads to wait for each other.
+    Shape("select_tokens", width=8192): Configuration(num_warps=4, maxnreg=168),
+    # Twice the keys.
+    Shape("select_tokens", width=16384): Configuration(num_warps=8, maxnreg=168),
     # Reading rows for many programs, which wants many threads at once.
     Shape("select_tokens", width=32768): Configuration(num_warps=8, maxnreg=80),
+    Shape("select_few_tokens"): Configuration(num_warps=8, maxnreg=128),
+    Shape("select_few_tokens", width=512): Configuration(num_warps=1),
+    Shape("select_few_tokens", width=1024): Configuration(num_warps=4),
+    Shape("select_few_tokens", width=2048): Configuration(num_warps=4),
+    Shape("select_few_tokens", width=16384): Configuration(num_warps=8, maxnreg=168),
     Shape("sort"): Configuration(num_warps=8),
 }
 

@@ -383,7 +383,8 @@ class _Call:
 
     def select(self, chunk: Chunk, at: dict[str, int]) -> None:
         """The best tokens of each row, and others where it has too few."""
-        how = config.select_launch("select_tokens", self.plan.columns, self.architecture)
+        few = chunk.rows if self.plan.one_tile else None
+        how = config.select_launch("select_tokens", self.plan.columns, self.architecture, few)
         of_rows = self.window | at | {"token_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch}
         of_rows |= {"kept_count_ptr": self.space.kept["kept_count_ptr"], "BLOCK_SIZE": self.block_size}
         of_rows |= {"TILE": power_of_2(self.plan.columns) if self.plan.one_tile else config.SELECT_TILE}
@@ -399,7 +400,7 @@ class _Call:
             programs = chunk.rows * self.plan.segments
             self.launch(list_candidates_kernel, programs, how, **work, candidates_ptr=self.space.candidates)
             # Among candidates it is a row of a tile.
-            how = config.select_launch("select_tokens", of_rows["TILE"], self.architecture)
+            how = config.select_launch("select_tokens", of_rows["TILE"], self.architecture, chunk.rows)
         kernel: Any = select_tokens_kernel
         work = of_rows | self.outputs | step | {"kept_ptr": self.space.kept["kept_ptr"], "block_topk": self.block_topk}
         work |= {"candidates_ptr": self.space.candidates, "counts_ptr": self.space.column_counts}

@@ -43,7 +43,10 @@ def _by_row(call: _Call, chunk: Chunk, work: dict[str, Any]) -> None:
         del work["w_desc"]
     count = cdiv(call.plan.columns, tile)
     # Of many rows each is two programs' work, so that the last ones that run are shorter.
-    share = cdiv(chunk.rows * count, max(how.programs, (1 + copied) * chunk.rows)) * tile
+    programs = how.programs
+    if copied:
+        programs = max(programs // 2, min(programs, chunk.rows * count // config.LEAST_ROW_TILES))
+    share = cdiv(chunk.rows * count, max(programs, (1 + copied) * chunk.rows)) * tile
     groups = cdiv(call.plan.columns, share)
     if not copied:
         # Buffers that no loop fills would only keep other programs away.  Not by the share: how many queries there
