@@ -44,8 +44,8 @@ LEVEL_RATIO = 4
 _RANK = 16
 # What one program of a GPU selects among.
 _LARGEST_SAMPLE = 8192
-# By default the probe may cost this share of the refinement's arithmetic: at it a call took 1.22 times as long as with
-# means in float8, 1.24 in bfloat16; with half of it 1.10 and 1.11 (an H100, benchmarks/results/coarse.md).
+# By default the probe may cost this share of the refinement's arithmetic: at it a call took 1.21 times as long as with
+# means in float8, 1.24 in bfloat16; with half of it 1.12 and 1.13 (an H100, benchmarks/results/coarse.md).
 PROBE_SHARE = 0.25
 # Neighbouring tokens of the sample are not a fixed distance apart, so that nothing that repeats is always met.
 JITTER = 7919
