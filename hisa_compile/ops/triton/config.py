@@ -25,7 +25,7 @@ SORT_TILE = 512
 # Rank keys that one program holds in registers while it selects: of a whole row at most, and of a longer one's tile.
 SELECT_ROW = 16384
 SELECT_TILE = 8192
-# Blocks of a row whose keys a program of the refinement, of four warps, holds while it selects the kept ones.
+# Blocks of a row whose rank keys a program of the refinement holds while it selects the kept ones.
 KEPT_ROW = 2048
 # Columns of a longer row that tell what its best are about, as long as the row has no more than LONG_COLUMNS: beyond
 # that too few of the best K would be among them, and SELECT_TILE are taken.

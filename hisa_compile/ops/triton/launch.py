@@ -383,8 +383,8 @@ class _Call:
 
     def select(self, chunk: Chunk, at: dict[str, int]) -> None:
         """The best tokens of each row, and others where it has too few."""
-        few = chunk.rows if self.plan.one_tile else None
-        how = config.select_launch("select_tokens", self.plan.columns, self.architecture, few)
+        rows = chunk.rows if self.plan.one_tile else None
+        how = config.select_launch("select_tokens", self.plan.columns, self.architecture, rows)
         of_rows = self.window | at | {"token_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch}
         of_rows |= {"kept_count_ptr": self.space.kept["kept_count_ptr"], "BLOCK_SIZE": self.block_size}
         of_rows |= {"TILE": power_of_2(self.plan.columns) if self.plan.one_tile else config.SELECT_TILE}
