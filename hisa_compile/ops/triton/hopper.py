@@ -12,7 +12,7 @@ of an H100 if nothing else happens, in float8; what comes on top is what this ke
   among its own registers;
 - 128 registers a thread in float8, so that four programs share a multiprocessor and one adds up while others multiply.
 
-Floor of the refinement: 2 * S * m * B * H * D operations, 137 GFLOP for 1024 queries, 99 microseconds at the 1384
+Floor of the refinement: 2 * S * m * B * H * D operations, 137 GFLOP for 1024 queries, 104 microseconds at the 1326
 TFLOP/s of a large float8 product; it takes 146, and products with sums alone 128: an H100 at the limit of its power
 (docs/kernels.md).
 

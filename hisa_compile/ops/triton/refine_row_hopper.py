@@ -5,8 +5,8 @@ copied, a block or a tile at a time, by the tensor memory accelerator, and the r
 multiplied from shared memory: in registers each would be used once.  What each thread does is as in :mod:`.hopper`.
 
 Floor while decoding: see :mod:`.refine`.  Of small blocks it is the bytes of the candidates' keys from the L2 cache,
-1.07 GB for 1024 rows of 8192 candidates in float8, 195 microseconds at the 5.5 TB/s that it delivers; products 99
-(docs/kernels.md).
+1.07 GB for 1024 rows of 8192 candidates in float8, 195 microseconds at the 5.5 TB/s that it delivers; products 104,
+see :mod:`.hopper`; it takes 197 (docs/kernels.md).
 """
 
 from __future__ import annotations
