@@ -4,9 +4,9 @@ By block a query would be copied for 32 tokens, twice as many bytes as their key
 copied, a block or a tile at a time, by the tensor memory accelerator, and the row's query and weights stay.  Keys are
 multiplied from shared memory: in registers each would be used once.  What each thread does is as in :mod:`.hopper`.
 
-Floor while decoding: see :mod:`.refine`.  Of small blocks it is the bytes of the candidates' keys from the L2 cache, 1.07
-GB for 1024 rows of 8192 candidates in float8, 138 microseconds at the 7.8 TB/s that bfloat16 keys come with, or the
-products, 104, see :mod:`.hopper`.  With blocks of 32 it takes 197, in bfloat16 276 (an H100, docs/kernels.md).
+Floor while decoding: see :mod:`.refine`.  Of small blocks it is the bytes of the candidates' keys from the L2 cache,
+1.07 GB for 1024 rows of 8192 candidates in float8, 138 microseconds at the 7.8 TB/s that bfloat16 keys come with, or
+the products, 104, see :mod:`.hopper`.  Blocks of 32 take 197, in bfloat16 276 (an H100, docs/kernels.md).
 """
 
 from __future__ import annotations
