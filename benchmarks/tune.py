@@ -68,14 +68,9 @@ MEASURED = {name: (f"{name}_kernel",) for name in FIELDS} | {
     "by_block_groups": BY_BLOCK,
     "refine_by_block": (BY_BLOCK[0], "list_runs_kernel"),
     "refine_by_block_hopper": (BY_BLOCK[1], "list_runs_kernel"),
+    "select_tokens": ("select_tokens_kernel", "select_tokens_hopper_kernel", "list_candidates_kernel"),
     # Of rows longer than one tile, too; among their sample as in a row of that length.
-    "select_tokens": (
-        "select_tokens_kernel",
-        "select_tokens_hopper_kernel",
-        "guess_key_kernel",
-        "list_candidates_kernel",
-    ),
-    "select_few_tokens": ("select_tokens_kernel", "select_tokens_hopper_kernel"),
+    "select_few_tokens": ("select_tokens_kernel", "select_tokens_hopper_kernel", "guess_key_kernel"),
     "sort": ("sort_kernel", "sort_tiles_kernel", "merge_tiles_kernel"),
 }
 # What is tried instead of today's values.  A number of programs compiles nothing anew.

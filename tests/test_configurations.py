@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from test_triton_compile import TARGETS  # noqa: E402
 
 from benchmarks import tune  # noqa: E402
 from hisa_compile.ops import Budget, Visibility  # noqa: E402
+from hisa_compile.ops.coarse import outer_of  # noqa: E402
 from hisa_compile.ops.triton import config, configurations, gpu, launch  # noqa: E402
 from hisa_compile.ops.triton.configurations import (  # noqa: E402
     DEFAULT,
@@ -87,7 +89,7 @@ def test_every_architecture_has_a_row_for_every_shape(architecture: Any) -> None
                     assert how.stages >= 1
                     assert how.programs >= 1
     for entries in (1, 16, 512, 513, 4096, 8192, 10**6):
-        for kernel in ("select_blocks", "select_tokens"):
+        for kernel in ("select_blocks", "select_tokens", "select_few_tokens"):
             assert config.select_launch(kernel, entries, architecture).num_warps >= 1
         assert config.sort_launch(entries, architecture).num_warps >= 1
 
@@ -113,12 +115,13 @@ def test_rows_of_the_field() -> None:
         assert {how.stages for how in float32.values()} == {1}
         for columns, expected in ((64, (1, None)), (512, (1, None)), (513, (4, None)), (2048, (4, None))):
             assert config.select_launch("select_blocks", columns, architecture)[1:3] == expected
-        many = {2049: (8, 128), 4097: (4, 168), 8192: (4, 168), 16384: (8, 168), 16385: (8, 80), 65536: (8, 80)}
+        own = architecture == 90
+        many = {2048: (4, None), 2049: (8, 128), 16385: (8, 80), 65536: (8, 80)}
+        many |= {8192: (4, 168) if own else (8, 128), 16384: (8, 168) if own else (8, 128)}
         for columns, expected in many.items():
-            for rows in (None, 265):
-                assert config.select_launch("select_tokens", columns, architecture, rows)[1:3] == expected
-        for columns, expected in ((512, (1, None)), (2048, (4, None)), (8192, (8, 128)), (16384, (8, 168))):
-            assert config.select_launch("select_tokens", columns, architecture, 264)[1:3] == expected
+            assert config.select_launch("select_tokens", columns, architecture)[1:3] == expected
+        for columns, expected in ((512, (1, None)), (2048, (4, None)), (8192, (8, 128)), (16384, (8, 128))):
+            assert config.select_launch("select_few_tokens", columns, architecture)[1:3] == expected
         assert [config.sort_launch(2**n, architecture).num_warps for n in (0, 9, 11, 12)] == [8, 8, 8, 8]
 
 
@@ -182,6 +185,33 @@ def test_rows_with_spreads_leave_no_room_for_wide_queries() -> None:
     assert 0.9 < room / (2 * 64 * 128) < 1.2
     other = (*sizes[:7], torch.bfloat16, *sizes[8:])
     assert Plan(*other).chunks == Plan(*other, spread=True).chunks
+
+
+@pytest.mark.parametrize("heads", [8, 64, 256])
+@pytest.mark.parametrize("coarse", ["paper", "spread", "probe", "two-level"])
+def test_scores_of_blocks_and_of_candidates_lie_apart_where_one_kernel_has_both(coarse: str, heads: int) -> None:
+    """Each row has room for whole tiles of blocks behind its candidates; elsewhere they share a place."""
+    kept = {True: 0, False: 0}
+    for dtype, queries, block_size, m, tokens, architecture in itertools.product(
+        DTYPES, (1, 15, 16), (16, 48, 128), (2, 7, 64), (1000, 32768, 131072, 500000), (90, 80)
+    ):
+        budget = Budget(block_size, m)
+        outer = outer_of(coarse, tokens, budget)
+        probe = 50 if coarse in ("probe", "two-level") else None
+        plan = Plan(
+            3, queries, heads, 128, tokens, 50, budget, dtype, True, architecture, probe, outer, coarse == "spread"
+        )
+        blocks = -(-tokens // block_size)
+        wanted = architecture == 90 and queries < 16 and m < blocks <= config.MOST_KEPT_ROW
+        assert plan.may_keep == wanted
+        kept[wanted] += 1
+        if wanted:
+            assert plan.beside >= budget.candidates
+            assert plan.pitch >= plan.beside + plan.tiles.tile * -(-blocks // plan.tiles.tile)
+            assert plan.pitch % 16 == plan.beside % 16 == 0
+        else:
+            assert plan.beside == 0
+    assert min(kept.values()) > 50
 
 
 def test_width_classes() -> None:
@@ -350,6 +380,9 @@ def test_what_a_row_does_not_say_is_null(table: dict[Any, Any]) -> None:
     asked = Shape("refine_by_block_hopper", 1, 64, 128)
     assert lookup(asked, DEFAULT).programs is not None
     assert lookup(asked, 90) == Configuration(stages=2, maxnreg=128)
+    # Nor has it rows for few rows, which were selected among as many were.
+    for kernel in ("select_tokens", "select_few_tokens"):
+        assert config.select_launch(kernel, 8192, 90) == config.Launch(1, 8, 80)
 
 
 def test_the_environment_names_the_file(tmp_path: Path) -> None:

@@ -163,6 +163,43 @@ def test_every_kernel_compiles_at_the_papers_sizes(
     check([*one, filled[5]] + [recorded for recorded in many if recorded[0] not in known], arch)
 
 
+def test_few_rows_keep_blocks_in_the_refinement_where_windows_alone_hide_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its name: what comes before it then has no launch of its own."""
+    tokens = 16384
+    hidden = torch.ones(1, 1, tokens, dtype=torch.bool)
+    segments = torch.zeros(1, tokens, dtype=torch.int64)
+
+    def separate(dtype: torch.dtype = torch.bfloat16, arch: str = "sm_90", **options: Any) -> bool:
+        launched = [recorded[0].__name__ for recorded in record(monkeypatch, dtype, arch, sorted=False, **options)]
+        return "select_blocks_kernel" in launched
+
+    for kept in ({}, {"queries": 15}, {"tokens": 2048 * 128}, {"coarse": "probe"}, {"heads": 256}):
+        assert not separate(**kept)
+    others: list[dict[str, Any]] = [
+        {"queries": 16},
+        {"tokens": 2048 * 128 + 1},
+        {"topk": 8000},
+        {"dtype": torch.float32},
+    ]
+    others += [{"arch": "sm_80"}, {"arch": "sm_100"}, {"budget": Budget(48, 64)}]
+    others += [{"optional": {"mask": hidden}}, {"optional": {"key_valid": hidden[0]}}]
+    others += [{"optional": {"q_segment": segments[:, :1], "k_segment": segments}}]
+    for other in others:
+        assert separate(**other), other
+
+
+@pytest.mark.parametrize(("queries", "groups"), [(1, 128), (4, 64), (8, 32), (10, 32), (15, 32)])
+def test_programs_by_row_have_several_tiles_before_there_are_many(
+    monkeypatch: pytest.MonkeyPatch, queries: int, groups: int
+) -> None:
+    """Of 128 tiles a row: 256 programs at first, then as many as have four tiles each, no more than 512."""
+    launches = record(monkeypatch, torch.bfloat16, "sm_90", queries=queries)
+    (found,) = [arguments for kernel, _, arguments in launches if kernel.__name__ == "refine_by_row_hopper_kernel"]
+    assert found["groups"] == groups
+
+
 @pytest.mark.parametrize("arch", TARGETS)
 def test_pairs_are_sorted_where_there_are_too_many_blocks(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
     kernels = {}

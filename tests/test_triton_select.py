@@ -212,27 +212,29 @@ def test_hoppers_selection_writes_the_same(columns: int, block_size: int, final:
                 assert plain is hopper is None or torch.equal(plain, hopper)
 
 
-@gluon.jit(do_not_specialize=["M", "pitch", "block_topk"])
+@gluon.jit(do_not_specialize=["pitch", "block_topk"])
 def keep_kernel(
-    start_ptr, end_ptr, scores_ptr, kept_ptr, count_ptr, M, pitch, block_topk,
+    start_ptr, end_ptr, scores_ptr, kept_ptr, count_ptr, read_ptr, pitch, block_topk,
     BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr,
 ):  # fmt: skip
-    """Rows by two programs each, as many as go on from there."""
+    """Each row by two programs; read_ptr [2 * rows, block_topk] gets what each of them reads of what was kept."""
     row = gl.program_id(0) // 2
     start, end = gl.load(start_ptr + row), gl.load(end_ptr + row)
     kept_ptr += row * block_topk
-    kept = keep_blocks(scores_ptr + row * pitch, kept_ptr, count_ptr + row, start, end, block_topk, BLOCK_SIZE, TILE)
-    # What was kept can be read at once.
-    slot = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    block = gl.load(kept_ptr + slot, mask=slot < kept, other=-1)
-    gl.store(kept_ptr + slot, block, mask=slot < kept)
+    keep_blocks(scores_ptr + row * pitch, kept_ptr, count_ptr + row, start, end, block_topk, BLOCK_SIZE, TILE)
+    near = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    for first in range(0, block_topk, 32):
+        slot = first + near
+        block = gl.load(kept_ptr + slot, mask=slot < block_topk)
+        gl.store(read_ptr + gl.program_id(0) * block_topk + slot, block, mask=slot < block_topk)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90")
+@pytest.mark.parametrize("warps", [4, 8])
 @pytest.mark.parametrize("block_topk", [2, 3, 64, 200])
 @pytest.mark.parametrize("blocks", [4, 200, 512, 700, 1024, 2048])
-def test_blocks_are_kept_by_several_programs_as_by_one(blocks: int, block_topk: int) -> None:
+def test_blocks_are_kept_by_several_programs_as_by_one(blocks: int, block_topk: int, warps: int) -> None:
     """Slot for slot, rows with windows that are whole, cut and empty; hidden and equal keys, one or none eligible."""
     generator = torch.Generator().manual_seed(blocks + block_topk)
     size = 128
@@ -243,34 +245,24 @@ def test_blocks_are_kept_by_several_programs_as_by_one(blocks: int, block_topk: 
     start, end = torch.randint(0, blocks * size + 1, [2, rows], generator=generator).int()
     start[:48], end[:48] = 0, blocks * size
     start[1:24:3], end[2:24:3] = 3, blocks * size - 5
+    end[-1] = start[-1]
     scores, start, end = scores.to(DEVICE), start.to(DEVICE), end.to(DEVICE)
-    tile = max(512, power_of_2(blocks))
-    written = []
-    for kernel in (select_blocks_kernel, keep_kernel):
-        kept = torch.full((rows, block_topk), -7, dtype=torch.int32, device=DEVICE)
-        count = torch.full([rows], -7, dtype=torch.int32, device=DEVICE)
-        if kernel is keep_kernel:
-            # Everybody has a window of its own here, as `row_window` would give it.
-            keep_kernel[(2 * rows,)](
-                start.long(), end.long(), scores, kept, count, blocks, blocks + 16, block_topk, size, tile, num_warps=4
-            )
-        else:
-            work = gpu.strided("start", start[:, None], "bs") | gpu.strided("end", end[:, None], "bs")
-            work |= {"kept_ptr": kept, "kept_count_ptr": count, "block_scores_ptr": scores, "pitch": blocks + 16}
-            work |= dict.fromkeys(("kept_flag_ptr", "counts_ptr", "rank_ptr", "pairs_ptr"))
-            work |= {
-                "first_row": 0,
-                "rows_per_batch": 1,
-                "S": 1,
-                "T": blocks * size,
-                "M": blocks,
-                "room": 0,
-                "apart": 1,
-            }
-            work |= {"block_topk": block_topk, "BLOCK_SIZE": size, "TILE": power_of_2(blocks), "ONE_TILE": True}
-            work |= {"SLOTS": power_of_2(block_topk), "OVERLAP": int(APART)}
-            gpu.launch(kernel, rows, config.select_launch("select_blocks", blocks, 90), **work)
-        written.append((kept, count))
-    assert torch.equal(written[0][1], written[1][1])
-    assert torch.equal(written[0][0], written[1][0])
-    assert int(written[0][1].min()) == 0
+    kept, again, read = torch.full((4, rows, block_topk), -7, dtype=torch.int32, device=DEVICE).split([1, 1, 2])
+    count, count_again = torch.full((2, rows), -7, dtype=torch.int32, device=DEVICE)
+    work = gpu.strided("start", start[:, None], "bs") | gpu.strided("end", end[:, None], "bs")
+    work |= {"kept_ptr": kept, "kept_count_ptr": count, "block_scores_ptr": scores, "pitch": blocks + 16}
+    work |= dict.fromkeys(("kept_flag_ptr", "counts_ptr", "rank_ptr", "pairs_ptr"))
+    work |= {"first_row": 0, "rows_per_batch": 1, "S": 1, "T": blocks * size, "M": blocks, "room": 0, "apart": 1}
+    work |= {"block_topk": block_topk, "BLOCK_SIZE": size, "TILE": power_of_2(blocks), "ONE_TILE": True}
+    work |= {"SLOTS": power_of_2(block_topk), "OVERLAP": int(APART)}
+    gpu.launch(select_blocks_kernel, rows, config.select_launch("select_blocks", blocks, 90), **work)
+    tile = max(128 * warps, power_of_2(blocks))
+    keep_kernel[(2 * rows,)](
+        start.long(), end.long(), scores, again, count_again, read, blocks + 16, block_topk, size, tile,
+        num_warps=warps,
+    )  # fmt: skip
+    assert torch.equal(count, count_again)
+    assert torch.equal(kept, again)
+    assert torch.equal(read.view(rows, 2, block_topk), kept.view(rows, 1, block_topk).expand(rows, 2, block_topk))
+    assert int(count[-1]) == 0
+    assert int(count.max()) == min(block_topk, blocks)

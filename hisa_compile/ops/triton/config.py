@@ -26,12 +26,12 @@ SORT_TILE = 512
 SELECT_ROW = 16384
 SELECT_TILE = 8192
 # Blocks of a row whose rank keys a program of the refinement holds while it selects the kept ones.
-KEPT_ROW = 2048
+MOST_KEPT_ROW = 2048
 # Columns of a longer row that tell what its best are about, as long as the row has no more than LONG_COLUMNS: beyond
 # that too few of the best K would be among them, and SELECT_TILE are taken.
 LONG_SAMPLE = 2048
 LONG_COLUMNS = 2**17
-# Rows of which each has a multiprocessor, or two have, to themselves: selecting is then as long as waiting takes.
+# No more than two rows to each of 132 multiprocessors: what selecting among them takes is waiting.
 FEW_SELECTIONS = 264
 # Selected entries that one step turns into positions and scores.
 EMIT_TILE = 2048
@@ -63,8 +63,8 @@ MANY_PROGRAMS = 2048
 # with half a tile twice as many programs find shared memory for what they copy ahead.
 ROW_TILE = 64
 # Programs that read keys past one query wait for memory alone: about as many as four to a multiprocessor, unless there
-# are more rows.  On sm_90 half of them, whose places leave the next kernel some, where each would have fewer tiles than
-# this.
+# are more rows.  On sm_90 as few as half of them, which leave the next kernel places, where each would have fewer tiles
+# than LEAST_ROW_TILES.
 MANY_ROW_PROGRAMS = 512
 LEAST_ROW_TILES = 4
 # A tile of means is read for fewer rows than that of a block's keys: it pays to wait for more of them.
@@ -221,10 +221,9 @@ def _wide_launch(kernel: str, entries: int, architecture: Architecture) -> Launc
     return Launch(1, row.num_warps, row.maxnreg)
 
 
-def select_launch(kernel: str, columns: int, architecture: Architecture, rows: int | None = None) -> Launch:
-    """``kernel``: "select_blocks" or "select_tokens", among so many columns; in how many rows, where that matters."""
-    few = rows is not None and rows <= FEW_SELECTIONS
-    return _wide_launch("select_few_tokens" if few and kernel == "select_tokens" else kernel, columns, architecture)
+def select_launch(kernel: str, columns: int, architecture: Architecture) -> Launch:
+    """``kernel``: "select_blocks", "select_tokens" or "select_few_tokens", among so many columns."""
+    return _wide_launch(kernel, columns, architecture)
 
 
 def sort_launch(tile: int, architecture: Architecture) -> Launch:

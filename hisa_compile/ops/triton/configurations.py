@@ -26,8 +26,9 @@ SAME_AS: dict[Architecture, Architecture] = {103: 100, 121: 120}
 
 # What a row says, by what it is for.  by_block_groups: how far rows are cut for the refinement by block where every
 # block is kept, which is settled before it is known whether refine_by_block or its version for sm_90 runs.  The others
-# are kernels; select_tokens has what :mod:`.long_rows` does before it with it, select_few_tokens is the same for so few
-# rows that each has a multiprocessor for itself, sort is all three of :mod:`.finish`.
+# are kernels.  select_few_tokens is select_tokens for no more than :data:`.config.FEW_SELECTIONS` rows, and for rows so
+# long that a chunk has few, see :mod:`.long_rows`, whose list_candidates is select_tokens' widest class; sort is all
+# three of :mod:`.finish`.
 FIELDS: dict[str, tuple[str, ...]] = {
     "coarse": ("stages", "maxnreg", "most_rows", "programs"),
     "coarse_hopper": ("stages", "maxnreg", "most_rows", "programs"),
@@ -79,7 +80,8 @@ class Configuration(NamedTuple):
     num_warps: warps of a program.
     most_rows: rows that go past one tile at most, a power of 2; None is :data:`.config.MOST_ROWS`.
     programs: work is cut into no larger parts than leave so many programs, that of refine_by_row into about so many at
-        most; None is :data:`.config.MANY_PROGRAMS`, for the coarse stage :data:`.config.MANY_COARSE_PROGRAMS` or
+        most, of sm_90's into half as many where these would be small; None is :data:`.config.MANY_PROGRAMS`, for the
+        coarse stage :data:`.config.MANY_COARSE_PROGRAMS` or
         :data:`.config.MANY_COARSE_HOPPER_PROGRAMS`, by row :data:`.config.MANY_ROW_PROGRAMS`.  Of the
         refinement by block it is how many of its equal shares of lists of pairs each multiprocessor gets: best as many
         as run there at once.
@@ -131,17 +133,12 @@ _ANYWHERE: Rows = {
     Shape("select_tokens", width=512): Configuration(num_warps=1),
     Shape("select_tokens", width=1024): Configuration(num_warps=4),
     Shape("select_tokens", width=2048): Configuration(num_warps=4),
-    # More programs on a multiprocessor, each with fewer threads to wait for each other.
-    Shape("select_tokens", width=8192): Configuration(num_warps=4, maxnreg=168),
-    # Twice the keys.
-    Shape("select_tokens", width=16384): Configuration(num_warps=8, maxnreg=168),
     # Reading rows for many programs, which wants many threads at once.
     Shape("select_tokens", width=32768): Configuration(num_warps=8, maxnreg=80),
     Shape("select_few_tokens"): Configuration(num_warps=8, maxnreg=128),
     Shape("select_few_tokens", width=512): Configuration(num_warps=1),
     Shape("select_few_tokens", width=1024): Configuration(num_warps=4),
     Shape("select_few_tokens", width=2048): Configuration(num_warps=4),
-    Shape("select_few_tokens", width=16384): Configuration(num_warps=8, maxnreg=168),
     Shape("sort"): Configuration(num_warps=8),
 }
 
@@ -150,7 +147,14 @@ TABLE: dict[Architecture, Rows] = {
     DEFAULT: _ANYWHERE,
     # NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-22 (select_tokens 2026-11-23): by hand, at the
     # sizes of docs/kernels.md; no other architecture has been measured, so they are the default as well.
-    90: dict(_ANYWHERE),
+    90: _ANYWHERE
+    | {
+        # 2026-11-24, of the kernel that this architecture has for itself.  Three programs on a multiprocessor instead
+        # of two, each with half the threads to wait for each other, though some keys leave the registers.
+        Shape("select_tokens", width=8192): Configuration(num_warps=4, maxnreg=168),
+        # Twice the keys: one program, of whose keys fewer leave the registers, instead of two.
+        Shape("select_tokens", width=16384): Configuration(num_warps=8, maxnreg=168),
+    },
 }
 
 
@@ -285,6 +289,10 @@ def load(path: str | Path) -> None:
             if shape in rows:
                 raise ValueError(f"row {number}: a second one for {shape}")
             rows[shape] = configuration
+        if not any(shape.kernel == "select_few_tokens" for shape in rows):
+            # A file from before these had classes of their own: what it says of selection it says of few rows, too.
+            selection = [shape for shape in rows if shape.kernel == "select_tokens"]
+            rows |= {shape._replace(kernel="select_few_tokens"): rows[shape] for shape in selection}
     except (OSError, ValueError) as error:
         raise ValueError(f"{VARIABLE}: {path}: {error}") from error
     TABLE[architecture] = TABLE.get(architecture, {}) | rows

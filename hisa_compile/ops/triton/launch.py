@@ -4,7 +4,8 @@ Queries are rows r = b * S + s.  Block means, if blocks go by them, are made onc
 
     scores of blocks -> kept blocks -> (pairs by block) -> token scores -> selection -> fill -> order
 
-(the first three only where not every block is kept, the fill where selection cannot know what else is hidden).  A chunk
+(the first three only where not every block is kept, the second not where the refinement of few rows does that, the fill
+where selection cannot know what else is hidden).  A chunk
 is as many rows as the workspace allows, whatever S and T are, and nothing here waits for the device: chunks depend on
 shapes only, so the whole can be captured in a CUDA graph.
 """
@@ -196,7 +197,7 @@ class _Call:
         self.sharing = {"shares": shares, "least": config.LEAST_SHARE, "run_cost": config.RUN_COST}
         self.space = Workspace(self.plan, heads, self.dim, self.wide, of_probe, filled_apart, shares, self.empty)
         # A launch less for whoever waits for little else; who fills rows up asks for flags of kept blocks.
-        self.keeps = self.plan.keeps and self.box_rows is not None and not filled_apart
+        self.keeps = self.plan.may_keep and self.box_rows is not None and not filled_apart
 
     def run(self) -> None:
         ranked = self.plan.by_means
@@ -383,8 +384,9 @@ class _Call:
 
     def select(self, chunk: Chunk, at: dict[str, int]) -> None:
         """The best tokens of each row, and others where it has too few."""
-        rows = chunk.rows if self.plan.one_tile else None
-        how = config.select_launch("select_tokens", self.plan.columns, self.architecture, rows)
+        few = self.plan.one_tile and chunk.rows <= config.FEW_SELECTIONS
+        selection = "select_few_tokens" if few else "select_tokens"
+        how = config.select_launch(selection, self.plan.columns, self.architecture)
         of_rows = self.window | at | {"token_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch}
         of_rows |= {"kept_count_ptr": self.space.kept["kept_count_ptr"], "BLOCK_SIZE": self.block_size}
         of_rows |= {"TILE": power_of_2(self.plan.columns) if self.plan.one_tile else config.SELECT_TILE}
@@ -395,12 +397,12 @@ class _Call:
                 sample = of_rows["TILE"]
             work = of_rows | step | {"guess_ptr": self.space.guess, "segments": self.plan.segments}
             work |= {"counts_ptr": self.space.column_counts}
-            how_sample = config.select_launch("select_tokens", sample, self.architecture)
+            how_sample = config.select_launch("select_few_tokens", sample, self.architecture)
             self.launch(guess_key_kernel, chunk.rows, how_sample, **work, K=self.width, SAMPLE=sample)
             programs = chunk.rows * self.plan.segments
             self.launch(list_candidates_kernel, programs, how, **work, candidates_ptr=self.space.candidates)
             # Among candidates it is a row of a tile.
-            how = config.select_launch("select_tokens", of_rows["TILE"], self.architecture, chunk.rows)
+            how = config.select_launch("select_few_tokens", of_rows["TILE"], self.architecture)
         kernel: Any = select_tokens_kernel
         work = of_rows | self.outputs | step | {"kept_ptr": self.space.kept["kept_ptr"], "block_topk": self.block_topk}
         work |= {"candidates_ptr": self.space.candidates, "counts_ptr": self.space.column_counts}

@@ -39,7 +39,7 @@ def _by_row(call: _Call, chunk: Chunk, work: dict[str, Any]) -> None:
         work |= {"k_desc": call.box_desc, "k_batch_rows": call.box_rows.of_batch}
         # As many blocks at least as its warps hold side by side.
         row = max(128 * how.num_warps, power_of_2(call.plan.blocks)) if call.keeps else 0
-        work |= {"block_scores_ptr": call.space.block_scores if call.keeps else None, "KEPT_ROW": row}
+        work |= {"block_scores_ptr": call.space.block_scores if call.keeps else None, "BLOCK_TILE": row}
         del work["w_desc"]
     count = cdiv(call.plan.columns, tile)
     # Of many rows each is two programs' work, so that the last ones that run are shorter.

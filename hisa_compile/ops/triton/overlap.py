@@ -1,6 +1,6 @@
 """Kernels that are brought to the GPU before the one before them has ended, on NVIDIA's sm_90 and newer.
 
-A call is a chain of four to sixteen kernels, some of them of a few microseconds.  A programmatic dependent launch lets
+A call is a chain of three to sixteen kernels, some of them of a few microseconds.  A programmatic dependent launch lets
 the next one's programs come as this one's leave; they wait, with code and arguments at hand, for the last of them.
 
 Programs of a kernel that all find a place at once, as in decoding, let the next one come while they run

@@ -70,7 +70,7 @@ class Plan:
     """``probe_topk``: topk where blocks go by the probe; ``outer``: inside which outer blocks, see ``coarse.outer_of``;
     ``spread``: whether a spread stands behind each mean.
 
-    Attributes, all from sizes, chunks from the architecture too:
+    Attributes, all from sizes, chunks and where scores lie from the architecture too:
 
     blocks, prune: how many blocks there are, and whether any is left out.
     inner, outer: the budget's blocks, and those by whose means they are looked for, if they are.
@@ -78,9 +78,9 @@ class Plan:
     sample: of the probe, None where blocks go by their means or none is left out.
     tiles, probe_tiles: shapes of the products.
     columns, pitch: candidates of a row, and the length of a row of scores in memory, a multiple of 16.
-    keeps, beside: where rows are few the refinement, on sm_90, may keep blocks itself, program by program: their scores
-        are then behind the row's first ``beside`` columns, which those of candidates have; 0 where they are in one
-        place.
+    may_keep, beside: of few rows the refinement on sm_90 keeps blocks itself, program by program, if windows alone say
+        what is visible: scores of blocks are then behind the row's first ``beside`` columns, which those of candidates
+        have.  Else both begin in one place, and beside is 0.
     one_tile: a row's candidates fit the registers of the program that selects among them.
     window_suffices: where windows alone hide tokens, a row has as many candidates as are to be selected, or its whole
         window.
@@ -126,15 +126,17 @@ class Plan:
         self.sort_tile = min(power_of_2(width), config.SORT_TILE)
         self.sort_tiles = cdiv(width, self.sort_tile)
         self.merged = sorted and self.sort_tiles > 1
-        # A sample's scores are no longer needed when those of blocks are made, nor these when those of tokens are, nor
-        # these when sorted tiles are.
+        # A sample's scores are no longer needed when those of blocks are made, nor these when those of tokens are (but
+        # where one kernel reads these and makes those), nor these when sorted tiles are.
         packed = 2 * self.sort_tiles * self.sort_tile if self.merged else 0
         sampled = 0 if self.sample is None else self.sample.size
         ranked = self.blocks if self.prune else 0
-        self.keeps = self.prune and queries < config.FEW_ROWS and self.blocks <= config.KEPT_ROW and architecture == 90
-        self.beside = 16 * cdiv(self.columns, 16) if self.keeps else 0
-        if self.keeps:
-            # Scoring kernels write whole tiles.
+        few = self.prune and queries < config.FEW_ROWS
+        self.may_keep = few and self.blocks <= config.MOST_KEPT_ROW and architecture == 90
+        self.beside = 16 * cdiv(self.columns, 16) if self.may_keep else 0
+        if self.may_keep:
+            # Scoring kernels write whole tiles, none larger than this; they stop at ``pitch`` columns, which from here
+            # on is past the row's end.
             ranked = self.beside + self.tiles.tile * cdiv(self.blocks, self.tiles.tile)
         self.pitch = 16 * cdiv(max(self.columns, ranked, packed, sampled), 16)
 

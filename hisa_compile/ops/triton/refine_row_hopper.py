@@ -127,14 +127,14 @@ def refine_by_row_hopper_kernel(
     end_ptr, end_sb, end_ss,
     kept_ptr, kept_count_ptr, block_scores_ptr, token_scores_ptr,
     first_row, groups, group_columns, S, T, pitch, block_topk,
-    H: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEPT_ROW: gl.constexpr,
+    H: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCK_TILE: gl.constexpr,
     PADDED_H: gl.constexpr, TILE_D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """:func:`.refine.refine_by_row_kernel` with the same grid, and, as far as it has them, the same arguments.
 
-    Where block_scores_ptr is given, the scores of no more than KEPT_ROW blocks a row, ``pitch`` apart as those of
-    tokens, which blocks are kept is not known yet: each program of a row selects them, and writes kept_ptr and
+    Where block_scores_ptr is given, the scores of no more than BLOCK_TILE blocks a row, ``pitch`` apart as those of
+    tokens, it is not known yet which blocks are kept: each program of a row selects them, and writes kept_ptr and
     kept_count_ptr.
 
     BLOCK_SIZE divides TILE, or the other way round.  q_desc as in
@@ -164,7 +164,7 @@ def refine_by_row_hopper_kernel(
     if block_scores_ptr is not None:
         block_scores_ptr += row.to(gl.int64) * pitch
         kept = keep_blocks(
-            block_scores_ptr, kept_ptr, kept_count_ptr + row, start, end, block_topk, BLOCK_SIZE, KEPT_ROW
+            block_scores_ptr, kept_ptr, kept_count_ptr + row, start, end, block_topk, BLOCK_SIZE, BLOCK_TILE
         )
     else:
         kept = gl.load(kept_count_ptr + row)

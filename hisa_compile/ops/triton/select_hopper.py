@@ -103,11 +103,12 @@ def _first_of_equal(keys, threshold, ties, one):
 def keep_blocks(
     scores_ptr, kept_ptr, kept_count_ptr, start, end, block_topk, BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr
 ):
-    """:func:`.select.select_blocks_kernel` for one row [start, end) of no more than TILE blocks, a multiple of 128 a
-    warp, by a program that goes on from there.
+    """:func:`.select.select_blocks_kernel` for one row, with the window [start, end), by a program that goes on.
 
-    scores_ptr, kept_ptr, kept_count_ptr: the row's.  Several programs of a row write the same.  Returns how many blocks
-    are kept; all threads of the program can read which, and copies may arrive where it had something in shared memory.
+    TILE is a multiple of 128 blocks a warp, and no less than the row has.  scores_ptr, kept_ptr, kept_count_ptr: the
+    row's.  Several programs of a row write the same values, and each reads what it wrote itself.  Returns how many
+    blocks are kept; all threads of the program can read which, and the accelerator may write where this had something
+    in shared memory.
     """
     first_block = (start // BLOCK_SIZE).to(gl.int32)
     past_block = gl.where(start < end, (end + BLOCK_SIZE - 1) // BLOCK_SIZE, 0).to(gl.int32)
