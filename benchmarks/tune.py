@@ -8,7 +8,7 @@ A shape is a dtype, heads and D.  For each, the calls of the field, topk = 2048,
 
 - prefill: 1024 queries at the end of 65536 tokens;
 - every: the same with every block kept, at H = 64, D = 128 alone;
-- probe, half: the prefill with blocks found by the probe, and that with blocks of 64, m = 128;
+- probe, half, quarter: the prefill with blocks found by the probe, and that with blocks of 64 and of 32, m = 128, 256;
 - decoding, one query a sequence, means of blocks given, a point is batch x context;
 - sorted: the prefill with results in order, for the kernels that sort, at the first shape alone.  Selection does not
   know heads, and is timed at the first shape alone too.
@@ -16,8 +16,8 @@ A shape is a dtype, heads and D.  For each, the calls of the field, topk = 2048,
 In each call every kernel that runs is timed (torch.profiler, the L2 cache cleared before each call) under the row of
 ``hisa_compile/ops/triton/configurations.py`` that it has today and under those that VARIATIONS makes of it.  Of a shape
 class the best row is the one with the best geometric mean of times over today's, each kind of call (prefill, every,
-probe, half, decode, sorted) counting the same; it is kept if it gains 2 %.  A row that does not compile, that asks for
-more registers or shared memory than there are, or that changes a result is listed and left out.
+probe, half, quarter, decode, sorted) counting the same; it is kept if it gains 2 %.  A row that does not compile, that
+asks for more registers or shared memory than there are, or that changes a result is listed and left out.
 
 A row varies one thing at a time: a second run under the first one's file goes on from there.  By default about 160
 kernels are compiled, most in less than a second; --workers processes that share Triton's cache do that ahead, with 0 of

@@ -158,13 +158,12 @@ def make(sizes: Sizes, dtype: torch.dtype, how: dict[str, Any]) -> Case:
     if how.get("ties"):
         case["q"] = case["q"].cpu().float().abs().to(dtype).to(DEVICE)
         case["k"] = (-case["k"].cpu().float().abs()).to(dtype).to(DEVICE)
+    token = torch.arange(tokens).expand(batch, -1)
     if how.get("everything"):
-        token = torch.arange(tokens).expand(batch, -1)
         case["key_valid"] = (token % 2 == 0).to(DEVICE)
         case["mask"] = random_bool((batch, queries, tokens), 0.8)
         case["q_segment"], case["k_segment"] = (row % 2).long().to(DEVICE), (token // 300 % 2).to(DEVICE)
     if how.get("everything") or how.get("factors"):
-        token = torch.arange(tokens).expand(batch, -1)
         case["k_scale"] = torch.tensor([0.5, 1.0, 2.0, -1.0])[token * 7 // 3 % 4].to(DEVICE)
         case["k_weight"] = torch.tensor([1.0, -2.0, 0.5])[token // 2 % 3].to(DEVICE)
     if how.get("pooled"):

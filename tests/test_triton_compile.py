@@ -166,7 +166,7 @@ def test_every_kernel_compiles_at_the_papers_sizes(
 def test_few_rows_keep_blocks_in_the_refinement_where_windows_alone_hide_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By its name: what comes before it then has no launch of its own."""
+    """There is no launch then that selects blocks."""
     tokens = 16384
     hidden = torch.ones(1, 1, tokens, dtype=torch.bool)
     segments = torch.zeros(1, tokens, dtype=torch.int64)

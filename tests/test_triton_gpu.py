@@ -401,6 +401,8 @@ def test_hoppers_kernel_by_row_gives_the_same_bits(
     with launched() as kernels:
         got = run(case)
     assert refine_by_row_hopper_kernel in kernels
+    # Of few rows it keeps blocks itself.
+    assert (launch.select_blocks_kernel in kernels) == (queries >= config.FEW_ROWS)
     with mock.patch.object(config, "MANY_ROW_PROGRAMS", 1), launched() as kernels:
         assert_equal(run(case), got)
     assert refine_by_row_hopper_kernel in kernels

@@ -32,7 +32,7 @@ from hisa_compile.ops.triton.kth import (  # noqa: E402
 )
 from hisa_compile.ops.triton.overlap import APART  # noqa: E402
 from hisa_compile.ops.triton.select import select_blocks_kernel, select_tokens_kernel  # noqa: E402
-from hisa_compile.ops.triton.select_hopper import keep_blocks  # noqa: E402
+from hisa_compile.ops.triton.select_hopper import keep_blocks, select_tokens_hopper_kernel  # noqa: E402
 from hisa_compile.ops.triton.sizes import power_of_2  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
@@ -167,13 +167,12 @@ def rows_of_kinds(columns: int, generator: torch.Generator) -> Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90")
+@pytest.mark.parametrize("rows_class", ["select_tokens", "select_few_tokens"])
 @pytest.mark.parametrize("final", [True, False], ids=["final", "to be sorted"])
 @pytest.mark.parametrize("block_size", [0, 4, 16, 32, 128, 256])
 @pytest.mark.parametrize("columns", [128, 200, 256, 512, 700, 1024, 2048, 4000, 8192, 9000, 16384])
-def test_hoppers_selection_writes_the_same(columns: int, block_size: int, final: bool) -> None:
+def test_hoppers_selection_writes_the_same(columns: int, block_size: int, final: bool, rows_class: str) -> None:
     """Bit for bit, slot for slot; columns are tokens, or those of kept blocks, of which a row may have few."""
-    from hisa_compile.ops.triton.select_hopper import select_tokens_hopper_kernel
-
     generator = torch.Generator().manual_seed(columns + block_size)
     kept_blocks = max(1, columns // max(block_size, 1))
     columns = kept_blocks * block_size if block_size else columns
@@ -190,7 +189,7 @@ def test_hoppers_selection_writes_the_same(columns: int, block_size: int, final:
     start, end = torch.randint(0, columns + 1, [2, rows, 1], generator=generator).int().to(DEVICE)
     start[::2], end[::2] = 0, columns
     tile = power_of_2(columns)
-    how = config.select_launch("select_tokens", columns, 90)
+    how = config.select_launch(rows_class, columns, 90)
     if tile < 128 * how.num_warps:
         how = how._replace(num_warps=tile // 128)
     for k in sorted({1, columns // 4, columns}):

@@ -2,7 +2,7 @@
 
 Floor: 2 * S * M * H * D operations in the means' dtype, 8.6 GFLOP for 1024 queries at 64K tokens, 12 microseconds at
 the 690 TFLOP/s of a large bfloat16 product; it takes 29 there, :mod:`.coarse_hopper` 19 (an H100, docs/kernels.md).
-With spreads behind the means the floor is 25, and it takes 64 (float8 78).
+With spreads behind the means the floor is 25, and it takes 65 (float8 78).
 
 A tile of means stays where it is and queries go past it, since means are read once then and queries come from the L2
 cache.

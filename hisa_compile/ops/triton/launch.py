@@ -5,9 +5,8 @@ Queries are rows r = b * S + s.  Block means, if blocks go by them, are made onc
     scores of blocks -> kept blocks -> (pairs by block) -> token scores -> selection -> fill -> order
 
 (the first three only where not every block is kept, the second not where the refinement of few rows does that, the fill
-where selection cannot know what else is hidden).  A chunk
-is as many rows as the workspace allows, whatever S and T are, and nothing here waits for the device: chunks depend on
-shapes only, so the whole can be captured in a CUDA graph.
+where selection cannot know what else is hidden).  A chunk is as many rows as the workspace allows, whatever S and T
+are, and nothing here waits for the device: chunks depend on shapes only, so the whole can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -145,15 +144,14 @@ class _Call:
         hopper = self.hopper and q.dtype.itemsize < 4 and fits
         # By row keys are copied by the accelerator, too, where windows alone say what is visible.
         by_row = hopper and windows_only and self.plan.box > 0
-        self.query_rows = query_rows(q) if hopper and (self.plan.by_block or by_row) else None
-        self.box_rows = key_rows(k) if by_row and self.query_rows is not None else None
+        boxes = key_rows(k) if by_row else None
+        self.query_rows = query_rows(q) if hopper and (self.plan.by_block or boxes is not None) else None
+        self.box_rows = boxes if self.query_rows is not None else None
         if self.box_rows is not None:
             # Several boxes of a tile are copied 128 bytes of a key at a time, as products have them.
             several = self.plan.box < self.plan.row_tile
             span = min(tiles.tile_dim, 128 // q.dtype.itemsize) if several else tiles.tile_dim
             self.box_desc = describe(k[:, None], self.box_rows, self.plan.box, span)
-        elif by_row:
-            self.query_rows = None
         # Widened queries lie side by side, and rows are copied from multiples of 16 bytes.
         widened = q.dtype.itemsize > 1 or self.dim % 8 == 0
         by_means = self.plan.by_means is not None and windows_only and widened and not self.spread
@@ -197,7 +195,7 @@ class _Call:
         self.sharing = {"shares": shares, "least": config.LEAST_SHARE, "run_cost": config.RUN_COST}
         self.space = Workspace(self.plan, heads, self.dim, self.wide, of_probe, filled_apart, shares, self.empty)
         # A launch less for whoever waits for little else; who fills rows up asks for flags of kept blocks.
-        self.keeps = self.plan.may_keep and self.box_rows is not None and not filled_apart
+        self.keeps = self.plan.beside > 0 and self.box_rows is not None and not filled_apart
 
     def run(self) -> None:
         ranked = self.plan.by_means

@@ -24,34 +24,33 @@ def launch_refine(call: _Call, chunk: Chunk, at: dict[str, int]) -> None:
 
 
 def _by_row(call: _Call, chunk: Chunk, work: dict[str, Any]) -> None:
-    tiles, copied = call.plan.tiles, call.box_rows is not None
-    how = config.by_row_launch(tiles, call.dtype, call.dim, call.architecture, copied)
-    # Programs are many and small for the memory's sake, which decoding alone waits for.
-    tile = tiles.tile if chunk.of_batch >= config.FEW_ROWS else config.row_tile(tiles, call.architecture)
+    tiles, columns = call.plan.tiles, call.plan.columns
+    how = config.by_row_launch(tiles, call.dtype, call.dim, call.architecture, call.box_rows is not None)
     kernel: Any = refine_by_row_kernel
-    if call.box_rows is not None:
+    # Programs are many and small for the memory's sake, which decoding alone waits for.
+    if call.box_rows is None or call.query_rows is None:
+        tile = tiles.tile if chunk.of_batch >= config.FEW_ROWS else config.row_tile(tiles, call.architecture)
+        count = cdiv(columns, tile)
+        programs = max(how.programs, chunk.rows)
+        # Buffers that no loop fills would only keep other programs away.  Not by the share: how many queries there
+        # are compiles nothing anew.
+        how = how._replace(stages=min(how.stages, count))
+    else:
         # Gluon is young: only who needs it depends on it.
         from .refine_row_hopper import refine_by_row_hopper_kernel as kernel
 
-        assert call.query_rows is not None
         tile = call.plan.row_tile
-        work = gpu.only(work, kernel) | call.described(call.query_rows, call.q_desc)
+        count = cdiv(columns, tile)
+        few = min(how.programs, chunk.rows * count // config.LEAST_ROW_TILES)
+        # Of many rows each is two programs' work, so that the last ones that run are shorter.
+        programs = max(how.programs // 2, few, 2 * chunk.rows)
+        work = gpu.only(work | call.described(call.query_rows, call.q_desc), kernel)
         work |= {"k_desc": call.box_desc, "k_batch_rows": call.box_rows.of_batch}
         # As many blocks at least as its warps hold side by side.
         row = max(128 * how.num_warps, power_of_2(call.plan.blocks)) if call.keeps else 0
         work |= {"block_scores_ptr": call.space.block_scores if call.keeps else None, "BLOCK_TILE": row}
-        del work["w_desc"]
-    count = cdiv(call.plan.columns, tile)
-    # Of many rows each is two programs' work, so that the last ones that run are shorter.
-    programs = how.programs
-    if copied:
-        programs = max(programs // 2, min(programs, chunk.rows * count // config.LEAST_ROW_TILES))
-    share = cdiv(chunk.rows * count, max(programs, (1 + copied) * chunk.rows)) * tile
-    groups = cdiv(call.plan.columns, share)
-    if not copied:
-        # Buffers that no loop fills would only keep other programs away.  Not by the share: how many queries there
-        # are compiles nothing anew.
-        how = how._replace(stages=min(how.stages, count))
+    share = cdiv(chunk.rows * count, programs) * tile
+    groups = cdiv(columns, share)
     call.launch(
         kernel,
         chunk.rows * groups,

@@ -78,9 +78,9 @@ class Plan:
     sample: of the probe, None where blocks go by their means or none is left out.
     tiles, probe_tiles: shapes of the products.
     columns, pitch: candidates of a row, and the length of a row of scores in memory, a multiple of 16.
-    may_keep, beside: of few rows the refinement on sm_90 keeps blocks itself, program by program, if windows alone say
-        what is visible: scores of blocks are then behind the row's first ``beside`` columns, which those of candidates
-        have.  Else both begin in one place, and beside is 0.
+    beside: of few rows the refinement on sm_90 keeps blocks itself, program by program, if windows alone say what is
+        visible: scores of blocks are then behind the row's first so many columns, which those of candidates have.  0
+        where both begin in one place.
     one_tile: a row's candidates fit the registers of the program that selects among them.
     window_suffices: where windows alone hide tokens, a row has as many candidates as are to be selected, or its whole
         window.
@@ -131,10 +131,9 @@ class Plan:
         packed = 2 * self.sort_tiles * self.sort_tile if self.merged else 0
         sampled = 0 if self.sample is None else self.sample.size
         ranked = self.blocks if self.prune else 0
-        few = self.prune and queries < config.FEW_ROWS
-        self.may_keep = few and self.blocks <= config.MOST_KEPT_ROW and architecture == 90
-        self.beside = 16 * cdiv(self.columns, 16) if self.may_keep else 0
-        if self.may_keep:
+        few = self.prune and queries < config.FEW_ROWS and self.blocks <= config.MOST_KEPT_ROW
+        self.beside = 16 * cdiv(self.columns, 16) if few and architecture == 90 else 0
+        if self.beside:
             # Scoring kernels write whole tiles, none larger than this; they stop at ``pitch`` columns, which from here
             # on is past the row's end.
             ranked = self.beside + self.tiles.tile * cdiv(self.blocks, self.tiles.tile)

@@ -285,6 +285,14 @@ def threshold_kernel(
 
 
 @triton.jit
+def with_parts_before(begins, total, best, eligible, total_here, best_here, some_here):
+    """(total, best, eligible) of a block so far, of which a tile is a part, the first if it ``begins`` the block."""
+    total = tl.where(begins, 0.0, total) + total_here
+    best = greater(tl.where(begins, float("-inf"), best), best_here)
+    return total, best, tl.maximum(tl.where(begins, 0, eligible), some_here)
+
+
+@triton.jit
 def sees_blocks(block, start, end, SIZE: tl.constexpr):
     """Whether windows touch a block of SIZE tokens, all int64: an outer one's flags say nothing elsewhere."""
     low = block * SIZE
@@ -432,10 +440,7 @@ def probe_blocks_kernel(
             best = greatest
             eligible = some
         else:
-            begins = i % PARTS == 0
-            total = tl.where(begins, 0.0, total) + shares
-            best = greater(tl.where(begins, -_INF, best), greatest)
-            eligible = tl.maximum(tl.where(begins, 0, eligible), some)
+            total, best, eligible = with_parts_before(i % PARTS == 0, total, best, eligible, shares, greatest, some)
         if PARTS == 1 or i % PARTS == PARTS - 1:
             scores = worth(total, best, threshold, cap)
             shown = eligible != 0

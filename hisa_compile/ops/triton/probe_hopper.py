@@ -14,7 +14,15 @@ from .group import clear_counts
 from .hopper import barrier
 from .keys import score_bits
 from .overlap import wait_for_kernel_before
-from .probe import difference_of_relus, greater, inverse_of, sees_blocks, share_of_cap, worth
+from .probe import (
+    difference_of_relus,
+    greater,
+    inverse_of,
+    sees_blocks,
+    share_of_cap,
+    with_parts_before,
+    worth,
+)
 from .visible import row_window
 
 
@@ -208,10 +216,9 @@ def probe_blocks_hopper_kernel(
                         best = greatest
                         eligible = sees
                     else:
-                        begins = i % PARTS == 0
-                        total = gl.where(begins, 0.0, total) + total_here
-                        best = greater(gl.where(begins, float("-inf"), best), greatest)
-                        eligible = gl.maximum(gl.where(begins, 0, eligible), sees)
+                        total, best, eligible = with_parts_before(
+                            i % PARTS == 0, total, best, eligible, total_here, greatest, sees
+                        )
                 for part in gl.static_range(BLOCKS):
                     block = i // PARTS * BLOCKS + part
                     # The last tile may hold fewer blocks, and so may the last outer one hold fewer tiles.

@@ -1,4 +1,5 @@
-"""The selection of tokens for NVIDIA's sm_90, in Gluon: what is selected is written as it is to be, from registers.
+"""Selection for NVIDIA's sm_90, in Gluon: of tokens, written as they are to be, from registers; of blocks, by who needs
+them next.
 
 :mod:`.select`, for any GPU, first writes columns and then reads these, their scores and their blocks again: which
 thread writes what is not its to say.  That is a quarter of its instructions and three waits for memory.
@@ -79,6 +80,13 @@ def _columns(TILE: gl.constexpr):
 
 
 @gluon.jit
+def _one_a_thread():
+    """0, 1, 2, ..., one for each thread."""
+    WARPS: gl.constexpr = gl.num_warps()
+    return gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+
+
+@gluon.jit
 def _write(columns_ptr, values_ptr, column, keys, values, threshold, one):
     """Columns and values of the keys above the threshold, side by side."""
     place = _before(gl.where(keys > threshold, one, 0))
@@ -131,8 +139,8 @@ def keep_blocks(
     kept = count + always
     gl.store(kept_count_ptr, kept)
     # Read before it is known how many there are.
-    THREADS: gl.constexpr = 32 * gl.num_warps()
-    near = gl.arange(0, THREADS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    near = _one_a_thread()
+    THREADS: gl.constexpr = near.shape[0]
     for base in range(kept // THREADS * THREADS, block_topk, THREADS):
         slot = base + near
         gl.store(kept_ptr + slot, slot * 0, mask=(slot >= kept) & (slot < block_topk))
@@ -186,5 +194,4 @@ def select_tokens_hopper_kernel(
     elif selected < K:
         _, batch, query_index = row_coordinates(first_row, row, S)
         start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
-        near = gl.arange(0, 32 * gl.num_warps(), layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-        fill_outside_window(indices_ptr, keys_ptr, selected, start, end, K, near, FINAL, MARK_HIDDEN)
+        fill_outside_window(indices_ptr, keys_ptr, selected, start, end, K, _one_a_thread(), FINAL, MARK_HIDDEN)
