@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
-from test_triton_compile import TARGETS  # noqa: E402
+from ahead_of_time import TARGETS  # noqa: E402
 
 from benchmarks import tune  # noqa: E402
 from hisa_compile.ops import Budget, Visibility  # noqa: E402

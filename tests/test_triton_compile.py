@@ -7,8 +7,6 @@ runs.  Under the interpreter kernels are plain Python functions, so these tests 
 from __future__ import annotations
 
 import re
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +16,10 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
+from ahead_of_time import TARGETS, Recorded, compile_launch, record, resources  # noqa: E402
 
-from hisa_compile.ops import Budget, Visibility  # noqa: E402
-from hisa_compile.ops.triton import config, configurations, gpu, launch  # noqa: E402
+from hisa_compile.ops import Budget  # noqa: E402
+from hisa_compile.ops.triton import configurations, gpu, launch  # noqa: E402
 from hisa_compile.ops.triton.operands import FP8_BITS, FP8_NATIVE, FP8_NONE  # noqa: E402
 from hisa_compile.ops.triton.overlap import AFTER, AHEAD, APART, BESIDE  # noqa: E402
 
@@ -32,108 +27,11 @@ pytestmark = [
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="compiles: needs TRITON_INTERPRET unset"),
 ]
 
-# Architecture -> shared memory of one program, bytes.
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
-    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
-}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 # bfloat16 stands for both dtypes of 16 bits where the paper's stage and the probe have compiled for each.
 ONE_OF_16_BITS = [pytest.param(d, marks=pytest.mark.slow) if d == torch.float16 else d for d in DTYPES]
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.float8_e4m3fn: "*fp8e4nv",
-}
 # Of programmatic dependent launches: the wait for the kernel before, and what lets the next one in.
 WAIT, LET_IN = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
-Recorded = tuple[Any, config.Launch, dict[str, Any]]
-
-
-def record(
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: torch.dtype,
-    arch: str,
-    *,
-    queries: int = 1,
-    heads: int = 64,
-    dim: int = 128,
-    topk: int = 2048,
-    tokens: int = 16384,
-    budget: Budget = Budget(128, 64),  # noqa: B008
-    everything: bool = False,
-    optional: dict[str, Tensor] | None = None,
-    coarse: str = "paper",
-    k_pooled: Tensor | None = None,
-    **options: bool,
-) -> list[Recorded]:
-    """The launches of one call with a window's end and the ``optional`` tensors, or with ``everything``."""
-    launches: list[Recorded] = []
-    monkeypatch.setattr(gpu, "launch", lambda kernel, n, how, **args: launches.append((kernel, how, args)))
-    if dtype == torch.float8_e4m3fn:
-        bits = arch in ("sm_80", "gfx942")
-        monkeypatch.setattr(gpu, "fp8_mode", lambda q: int(FP8_BITS if bits else FP8_NATIVE))
-    monkeypatch.setattr(gpu, "is_hopper", lambda q: arch == "sm_90")
-    monkeypatch.setattr(gpu, "architecture", lambda q: TARGETS[arch][0].arch)
-    q = torch.zeros(1, queries, heads, dim).to(dtype)
-    k = torch.zeros(1, tokens, dim).to(dtype)
-    window = torch.zeros(1, 1, dtype=torch.int32)
-    visible = torch.ones(1, 1, tokens, dtype=torch.bool)
-    segment = torch.zeros(1, tokens, dtype=torch.int64)
-    if everything:
-        optional = {"window_start": window, "key_valid": visible[0], "mask": visible}
-        optional |= {"q_segment": segment[:, :1], "k_segment": segment}
-        optional |= {"k_scale": torch.ones(1, tokens), "k_weight": torch.ones(1, tokens)}
-    factors = {"k_scale": None, "k_weight": None} | (optional or {})
-    visibility = Visibility(window_end=window, **{n: x for n, x in factors.items() if n in Visibility._fields})
-    scale, weight = factors["k_scale"], factors["k_weight"]
-    arguments = {"sorted": True, "mark_hidden": False} | options
-    launch.indexer_topk_triton(
-        q, k, torch.zeros(1, queries, heads), topk, budget, visibility, scale, weight, **arguments, k_pooled=k_pooled,
-        coarse=coarse,
-    )  # fmt: skip
-    return launches
-
-
-def compile_launch(recorded: Recorded, arch: str) -> Any:
-    """Compile one recorded launch with the types and divisibility hints the run-time launcher would find."""
-    kernel, how, arguments = recorded
-    assert set(arguments) == {parameter.name for parameter in kernel.params}
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    hints: dict[tuple[int], list[list[Any]]] = {}
-    for position, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(position,)] = value
-            continue
-        if isinstance(value, TensorDescriptor):
-            element = POINTERS[value.base.dtype][1:]
-            signature[parameter.name] = f"tensordesc<{element}{value.block_shape},{value.layout!r}>"
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            divisible = True
-        else:
-            signature[parameter.name] = "i32"
-            divisible = value % 16 == 0
-        if specialised and divisible and not parameter.do_not_specialize_on_alignment:
-            hints[(position,)] = [["tt.divisibility", 16]]
-    language = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = language(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    options = gpu.launch_options(how, hip=arch.startswith("gfx"))
-    return triton.compile(source, target=TARGETS[arch][0], options=options)
 
 
 def check(launches: list[Recorded], arch: str) -> None:
@@ -311,17 +209,13 @@ def test_spreads_compile(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, ar
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pooling_keeps_its_keys_in_registers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, block_size: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block_size: int
 ) -> None:
     """On a stack of 2 KiB a thread, as one way to unroll its loop had it, it takes twenty times as long."""
     budget = Budget(block_size, 2048 // block_size)
     launches = record(monkeypatch, dtype, "sm_90", coarse="spread", topk=512, budget=budget)
     (pooling,) = (recorded for recorded in launches if recorded[0].__name__ == "pool_kernel")
-    cubin = tmp_path / "pool.cubin"
-    cubin.write_bytes(compile_launch(pooling, "sm_90").asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    used = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    assert re.findall(r"STACK:(\d+)", used.stdout + used.stderr) == ["0"]
+    assert resources(compile_launch(pooling, "sm_90")).stack == 0
 
 
 @pytest.mark.parametrize("dtype", ONE_OF_16_BITS, ids=str)
