@@ -53,12 +53,15 @@ TITLES = {
     "dense": "dense\n(the model as it is)",
     "flat": "flat indexer\n(no blocks)",
     PAPER.name: "HISA, the paper's\n(one mean)",
+    "mean, blocks of B/2": "HISA,\nmeans, B/2",
     "mean, blocks of B/4": "HISA,\nmeans, B/4",
+    "spread": "HISA,\nspread",
+    "spread, B/2": "HISA,\nspread, B/2",
     "spread, B/4": "HISA,\nspread, B/4",
     "probe": "HISA,\nprobe",
     "probe, B/2": "HISA,\nprobe, B/2",
     "probe, B/4": "HISA,\nprobe, B/4",
-    "two levels, 2m then probe, B/4": "HISA, two levels\n2m, probe B/4",
+    "two levels, 4m then probe, B/4": "HISA, two levels\n4m, probe, B/4",
     "block-sparse": "whole blocks\n(no 2nd stage)",
     "recent tokens": "recent\ntokens alone",
     "random tokens": "random\ntokens",
@@ -207,7 +210,7 @@ def perplexities(raw: dict[str, Any], out: Path) -> None:
 
 
 def loss_by_layer(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """IoU by layer, of the paper's coarse stage and of the others that say it by layer."""
+    """IoU by layer, of the paper's coarse stage and of some others; between the worst and the best head a shade."""
     here = [row for row in rows if row["ratio"] == 4 and row["indexer"] != "gaussian" and "by_layer" in row]
     kinds = list(dict.fromkeys(row["indexer"] for row in here))
     figure, axes = pyplot.subplots(len(kinds), 1, figsize=(8, 3 * len(kinds)), squeeze=False)
@@ -215,7 +218,9 @@ def loss_by_layer(rows: Sequence[dict[str, Any]], out: Path) -> None:
         for name in (PAPER.name, "spread, B/4", "probe", "probe, B/4"):
             for row in here:
                 if row["indexer"] == kind and row["method"] == name:
-                    panel.plot(row["by_layer"], label=name)
+                    (line,) = panel.plot(row["by_layer"], label=name)
+                    worst, best = ([of(heads) for heads in row["by_head"]] for of in (min, max))
+                    panel.fill_between(range(len(worst)), worst, best, color=line.get_color(), alpha=0.15, linewidth=0)
         panel.set_title(f"{WHAT[kind]}, 4:1", fontsize=9)
         panel.set_xlabel("layer", fontsize=8)
         panel.set_ylabel("IoU with flat", fontsize=8)
