@@ -35,10 +35,13 @@ WAIT, LET_IN = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 
 
 def check(launches: list[Recorded], arch: str) -> None:
+    """All fit shared memory, and none rounds float32 to what tensor cores take of it (tf32; xf32 on AMD's GPUs)."""
     assert launches
     for recorded in launches:
         compiled = compile_launch(recorded, arch)
         assert compiled.metadata.shared <= TARGETS[arch][1], recorded[0].__name__
+        code = compiled.asm["ptx" if arch.startswith("sm") else "amdgcn"]
+        assert re.search(r"[tx]f32\b", code) is None, recorded[0].__name__
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -57,8 +60,11 @@ def test_every_kernel_compiles_at_the_papers_sizes(
     filled = record(monkeypatch, dtype, arch, topk=8000)
     assert len(filled) == 8
     assert filled[5][0] is launch.fill_kernel
+    # As few entries as one tile has are sorted by another kernel.
+    few = record(monkeypatch, dtype, arch, topk=512)
+    assert few[-1][0] is launch.sort_kernel
     known = {kernel for kernel, *_ in one}
-    check([*one, filled[5]] + [recorded for recorded in many if recorded[0] not in known], arch)
+    check([*one, filled[5], few[-1]] + [recorded for recorded in many if recorded[0] not in known], arch)
 
 
 def test_few_rows_keep_blocks_in_the_refinement_where_windows_alone_hide_tokens(
@@ -166,6 +172,18 @@ def test_every_kernel_compiles_with_all_optional_tensors_and_awkward_sizes(
     by_block = [recorded for recorded in many if "by_block" in recorded[0].__name__]
     assert len(by_block) == 1
     check(by_block, "sm_90")
+
+
+@pytest.mark.parametrize("coarse", ["paper", "probe"])
+@pytest.mark.parametrize("queries", [1, 1024])
+def test_float32_stays_float32_where_flags_hide_tokens(
+    monkeypatch: pytest.MonkeyPatch, queries: int, coarse: str
+) -> None:
+    """Triton looks for loads of fewer bits behind an operand, and finds those of the flags, which are bytes."""
+    flags: dict[str, Any] = {"everything": True, "queries": queries, "coarse": coarse, "topk": 8000}
+    launches = record(monkeypatch, torch.float32, "sm_100", **flags)
+    assert "fill_kernel" in {kernel.__name__ for kernel, *_ in launches}
+    check(launches, "sm_100")
 
 
 PROBE = {"two_heads_kernel", "probe_sample_kernel", "threshold_kernel"}

@@ -300,7 +300,9 @@ def poison_freed_memory(sizes: list[int], pattern: int) -> list[tuple[int, int]]
 
 
 @pytest.mark.parametrize("in_order", [True, False], ids=["sorted", "unsorted"])
-@pytest.mark.parametrize("pruned", ["paper", "probe", False], ids=["paper", "probe", "every block kept"])
+@pytest.mark.parametrize(
+    "pruned", ["paper", "probe", "spread", "two-level", False], ids=lambda stage: stage or "every block kept"
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
 def test_repeats_in_poisoned_memory_are_bitwise_equal(dtype: torch.dtype, pruned: Any, in_order: bool) -> None:
     """20 runs at the paper's sizes, indices, scores and their order, in memory that the allocator hands out again.

@@ -36,7 +36,18 @@ def load_weights(w_ptr, H: tl.constexpr, PADDED_H: tl.constexpr):
 def load_vectors(x_ptr, x_sd, wanted, first, D: tl.constexpr, TILE_D: tl.constexpr, FP8: tl.constexpr):
     """Dims [first, first + TILE_D) of the vectors at ``x_ptr`` ([TILE] pointers), 0 where not ``wanted``."""
     d = first + tl.arange(0, TILE_D)
-    return load_operand(x_ptr[:, None] + d.to(tl.int64)[None, :] * x_sd, wanted[:, None] & (d < D)[None, :], FP8)
+    at = x_ptr[:, None] + d.to(tl.int64)[None, :] * x_sd
+    mask = wanted[:, None] & (d < D)[None, :]
+    if x_ptr.dtype.element_ty == tl.float32:
+        # For sm_100 Triton makes a float32 product tf32, "ieee" or not, where it finds a load of fewer bits on the way
+        # back from an operand, be it that of a flag in this load's mask (triton-lang/triton issue 10176, Triton 3.7.1).
+        # It looks no further than a condition, be it one that always holds.
+        x = tl.zeros(at.shape, tl.float32)
+        if tl.program_id(0) >= 0:
+            x = load_operand(at, mask, FP8)
+    else:
+        x = load_operand(at, mask, FP8)
+    return x
 
 
 @triton.jit
