@@ -5,8 +5,9 @@
 
 H = 64, D = 128, topk = 2048, B = 128, m = 64, gaussian inputs, causal windows, results unsorted.  Variants:
 
-- hisa: the operator, bfloat16 and float8 (float8 with a scale a token); from m * B = 8192 tokens on it selects among
-  candidates, up to there exactly;
+- hisa: the operator, bfloat16 and float8 (float8 with a scale a token), with the paper's means of blocks; from
+  m * B = 8192 tokens on it selects among candidates, up to there exactly;
+- default: the same without naming a coarse stage, which has the probe up to 65536 tokens and means beyond;
 - flat: the operator with every block kept, which is exact at any length;
 - TileLang's HISA example (``examples/dsa_hisa`` of tile-ai/tilelang, tried with tilelang 0.1.15), float8 with the same
   budget: its pooling, block scores and token scores are TileLang kernels of its own, both of its selections are
@@ -14,7 +15,11 @@ H = 64, D = 128, topk = 2048, B = 128, m = 64, gaussian inputs, causal windows, 
   --tilelang-example or TILELANG_DSA_HISA.  It runs in a process of its own, and --tilelang-site or TILELANG_SITE is
   a folder with tilelang and its libraries for that process alone: DeepGEMM wants another version of apache-tvm-ffi;
 - DeepGEMM's float8 logits and torch.topk over them (exact), and the logits alone, where deep_gemm can be imported;
+- torch.topk alone, over float32 scores that are there already;
 - torch.compile of the flat bfloat16 program.
+
+Not among them: TileLang's flat indexer, which takes longer than DeepGEMM's, and transformers' own float32 graph, which
+``benchmarks.prefill_memory`` has.
 
 Times are medians of replays of a CUDA graph, so that no launch from the host is in them; a second table has times of
 calls launched from the host.  Memory is the allocator's peak during a call, less what was there before it and less the
@@ -60,7 +65,9 @@ from .tilelang_hisa import NAME as TILELANG
 from .tilelang_hisa import Peer
 
 DEEP_GEMM, LOGITS, COMPILED = "DeepGEMM + topk fp8", "DeepGEMM logits fp8", "torch.compile bf16"
-NAMES = ("hisa fp8", "hisa bf16", "flat fp8", TILELANG, DEEP_GEMM, LOGITS, COMPILED)
+DEFAULT = ("default fp8", "default bf16")
+TOPK_ALONE = "torch.topk alone"
+NAMES = ("hisa fp8", "hisa bf16", *DEFAULT, "flat fp8", TILELANG, DEEP_GEMM, LOGITS, TOPK_ALONE, COMPILED)
 DTYPES = {"fp8": FP8, "bf16": torch.bfloat16}
 Rows = dict[int, dict[str, Found]]
 
@@ -69,8 +76,12 @@ def variants(queries: int, context: int, largest_flat: int, deep_gemm: bool) -> 
     """What makes each variant's call, all on the same inputs."""
     bf16, fp8 = (programs.inputs(queries, context, dtype) for dtype in (torch.bfloat16, FP8))
     found: dict[str, Any] = {"hisa fp8": lambda: programs.hisa(fp8), "hisa bf16": lambda: programs.hisa(bf16)}
+    found |= {
+        name: lambda given=given: programs.by_default(given) for name, given in zip(DEFAULT, (fp8, bf16), strict=True)
+    }
     if context <= largest_flat:
         found["flat fp8"] = lambda: programs.every_block(fp8)
+        found[TOPK_ALONE] = lambda: programs.topk_alone(fp8)
         if deep_gemm:
             found[DEEP_GEMM] = lambda: programs.deep_gemm(fp8, topk=True)
             found[LOGITS] = lambda: programs.deep_gemm(fp8, topk=False)
@@ -103,7 +114,9 @@ def same_kind(found: Found, own: Found) -> tuple[float | None, float | None]:
 
 
 def own_of(name: str, row: dict[str, Found]) -> Found:
-    return row.get("hisa " + name.rsplit(" ", 1)[1], {})
+    """What ``name`` is compared with: the operator in its dtype, in float8 if it has none in its name."""
+    dtype = name.rsplit(" ", 1)[1]
+    return row.get(f"hisa {dtype if dtype in DTYPES else 'fp8'}", {})
 
 
 def cell(name: str, row: dict[str, Found]) -> str:
@@ -176,7 +189,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     made = parser(__doc__)
     made.add_argument("--contexts", type=int, nargs="+", default=[2**n for n in (13, 14, 15, 16, 17, 18, 20)])
     made.add_argument("--queries", type=int, default=1024)
-    made.add_argument("--largest-flat", type=int, default=2**17, help="no flat variant for longer contexts")
+    made.add_argument("--largest-flat", type=int, default=2**20, help="no flat variant for longer contexts")
     for option, variable in (("--tilelang-example", "TILELANG_DSA_HISA"), ("--tilelang-site", "TILELANG_SITE")):
         given = os.environ.get(variable)
         made.add_argument(option, type=Path, default=Path(given) if given else None, help=f"else {variable}")

@@ -4,8 +4,9 @@
 
 H = 64, D = 128, topk = 2048, B = 128, m = 64, causal windows, results unsorted.  Two shapes: a whole prefill in one
 call (as many queries as tokens), and 1024 queries at the end of a context.  Variants: the operator in bfloat16 and
-float8, torch.compile of the flat bfloat16 program, and DeepGEMM's float8 logits with torch.topk over them, where
-deep_gemm can be imported.
+float8, with the paper's means of blocks and, as "hisa default", without naming a coarse stage; torch.compile of the
+flat bfloat16 program, and DeepGEMM's float8 logits with torch.topk over them, where deep_gemm can be imported.
+(``benchmarks.indexer`` has the memory of TileLang's example.)
 
 Memory is the allocator's peak during a second call, less what was there before it and less the results, which take
 8 bytes for each selected token.  Where a variant has no memory for a size, larger ones are not tried.
@@ -47,6 +48,8 @@ BF16 = torch.bfloat16
 VARIANTS: dict[str, tuple[torch.dtype, Callable[[Inputs], Call]]] = {
     "hisa bf16": (BF16, programs.hisa),
     "hisa fp8": (FP8, programs.hisa),
+    "hisa default bf16": (BF16, programs.by_default),
+    "hisa default fp8": (FP8, programs.by_default),
     "torch.compile bf16": (BF16, programs.compiled),
     DEEP_GEMM: (FP8, lambda given: programs.deep_gemm(given, topk=True)),
 }
@@ -63,7 +66,7 @@ def measure(name: str, queries: int, context: int) -> Found:
 def goals(shapes: dict[str, Rows]) -> list[Goal]:
     made = []
     for shape, rows in shapes.items():
-        for name in ("hisa bf16", "hisa fp8"):
+        for name in (name for name in VARIANTS if name.startswith("hisa")):
             found = [row[name].get("mib") for row in rows.values()]
             most = max((mib for mib in found if mib is not None), default=None)
             # A size without a number is a size that was not reached.

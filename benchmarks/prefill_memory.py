@@ -22,7 +22,7 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32In
 
 import hisa_compile
 
-from .harness import elapsed_ms
+from .harness import elapsed_ms, machine
 
 CALLS = 5
 CASES = ("causal", "padded", "packed")
@@ -90,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     lines = [
         "# Peak memory of DeepSeek-V3.2's indexer in a prefill",
-        f"`python -m benchmarks.prefill_memory`, {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"`python -m benchmarks.prefill_memory`, {machine()}, "
         f"transformers {transformers.__version__}, one sequence, bfloat16, random weights; MiB and ms of one call.",
         "| mask | tokens | S x T bytes, MiB | flat, MiB | HISA, MiB | ratio | flat, ms | HISA, ms | ratio |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -73,12 +73,27 @@ def hisa(
     given: Inputs,
     block_topk: int = BLOCK_TOPK,
     in_order: bool = False,
-    coarse: str = "paper",
+    coarse: str | None = "paper",
     block_size: int = BLOCK_SIZE,
 ) -> Call:
-    """The operator, with the paper's coarse stage if none is named; results unsorted unless ``in_order``."""
+    """The operator, with the paper's coarse stage if none is named; results unsorted unless ``in_order``.
+
+    ``coarse`` None: with the stage that a call has which names none.
+    """
     options = {"block_size": block_size, "block_topk": block_topk, "sorted": in_order, "coarse": coarse}
     return lambda: hisa_compile.indexer_topk(topk=TOPK, **given, **options)
+
+
+def by_default(given: Inputs) -> Call:
+    """The operator as it is called without naming a coarse stage."""
+    return hisa(given, coarse=None)
+
+
+def topk_alone(given: Inputs) -> Call:
+    """torch.topk over a flat indexer's scores, which are there already."""
+    shape = given["q"].shape[0], given["q"].shape[1], given["k"].shape[1]
+    scores = torch.randn(shape, device=given["k"].device)
+    return lambda: scores.topk(TOPK, sorted=False)
 
 
 def every_block(given: Inputs) -> Call:

@@ -48,7 +48,7 @@ from hisa_compile.ops.triton import again, config, configurations, gpu
 from hisa_compile.ops.triton.configurations import DEFAULT, FIELDS, WIDE, Architecture, Configuration, Shape
 
 from . import programs
-from .decode import size
+from .decode import decode_inputs, size
 from .harness import FP8, Call, K, command, kernels_ms, machine, table
 
 DTYPES = {"fp8": FP8, "bf16": torch.bfloat16}
@@ -144,10 +144,7 @@ def make(case: Case) -> Call:
 def call_of(case: Case) -> Call:
     dtype, heads, dim = parse_shape(case.shape)
     if case.kind == DECODE:
-        batch, context = size(case.point)
-        given = programs.inputs(1, context, dtype, batch, heads=heads, dim=dim)
-        # A window a row, as sequences of different length need.
-        given |= {"window_end": given["window_end"].expand(batch, 1).contiguous()}
+        given = decode_inputs(size(case.point), dtype, heads=heads, dim=dim)
         return programs.hisa(programs.with_representatives(given))
     given = programs.inputs(QUERIES, CONTEXT, dtype, heads=heads, dim=dim)
     if case.kind == EVERY:
@@ -403,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     todo = cases(options.shapes, options.points, options.kernels)
     if options.compile_share is not None:
         # A larger batch compiles nothing anew, and several processes share the memory.
-        smallest = {size(point)[1]: point for point in sorted(options.points, key=size, reverse=True)}
+        smallest = {size(point)[1:]: point for point in sorted(options.points, key=size, reverse=True)}
         todo = cases(options.shapes, list(smallest.values()), options.kernels)
         try:
             compile_share(todo, options.compile_share, options.workers)

@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 from triton_cases import DEVICE, FP8, Case, assert_equal, call, canonical, launched, random_bool, whole_case
 
@@ -293,7 +294,8 @@ def report(sanitizer: str, found: list[Findings]) -> str:
     version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True).stdout
     version = " ".join(line for line in version.splitlines() if line.startswith("Version"))
     machine = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    lines = [f"{machine}torch {torch.__version__}, Compute Sanitizer: {version}, {len(CASES)} calls.", ""]
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}, Compute Sanitizer: {version}"
+    lines = [f"`python tests/sanitize.py`, {machine}{versions}, {len(CASES)} calls.", ""]
     rows = [["tool", "errors", "warnings", "results", "seconds"], ["---"] * 5, *(each.cells() for each in found)]
     lines += ["| " + " | ".join(cells) + " |" for cells in rows]
     for each in found:
