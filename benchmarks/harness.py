@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import gc
 import json
+import re
 import os
 import shlex
 import statistics
@@ -267,4 +268,6 @@ def keep(out: Path | None, parts: Sequence[str], raw: dict[str, Any]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("\n\n".join(parts) + "\n")
         raw = {"machine": machine(), "python": sys.version.split()[0]} | raw
-        out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n")
+        # Numbers of a list side by side.
+        text = re.sub(r"\[[-+.,\deE\s]*\]", lambda found: " ".join(found[0].split()), json.dumps(raw, indent=1))
+        out.with_suffix(".json").write_text(text + "\n")

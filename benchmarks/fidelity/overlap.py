@@ -157,7 +157,7 @@ def summaries(found: Found) -> dict[tuple[str, int, str], Summary]:
 def by_layer(losses: list[tuple[int, int, Loss]]) -> list[float]:
     """Mean IoU of each layer's queries."""
     layers = sorted({layer for layer, *_ in losses})
-    return [summary([lost for at, _, lost in losses if at == layer]).iou for layer in layers]
+    return [round(summary([lost for at, _, lost in losses if at == layer]).iou, 4) for layer in layers]
 
 
 def by_head(losses: list[tuple[int, int, Loss]]) -> list[list[float]]:
@@ -165,7 +165,7 @@ def by_head(losses: list[tuple[int, int, Loss]]) -> list[list[float]]:
     found: dict[int, dict[int, list[Loss]]] = defaultdict(lambda: defaultdict(list))
     for layer, head, lost in losses:
         found[layer][head].append(lost)
-    return [[summary(heads[head]).iou for head in sorted(heads)] for _, heads in sorted(found.items())]
+    return [[round(summary(heads[head]).iou, 4) for head in sorted(heads)] for _, heads in sorted(found.items())]
 
 
 def goals(found: dict[tuple[str, int, str], Summary]) -> list[Goal]:

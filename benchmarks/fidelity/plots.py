@@ -221,7 +221,9 @@ def loss_by_layer(rows: Sequence[dict[str, Any]], out: Path) -> None:
                     (line,) = panel.plot(row["by_layer"], label=name)
                     worst, best = ([of(heads) for heads in row["by_head"]] for of in (min, max))
                     panel.fill_between(range(len(worst)), worst, best, color=line.get_color(), alpha=0.15, linewidth=0)
-        panel.set_title(f"{WHAT[kind]}, 4:1", fontsize=9)
+        heads = any(len(of_layer) > 1 for row in here if row["indexer"] == kind for of_layer in row["by_head"])
+        shade = " (shade: from the worst to the best head)" if heads else ""
+        panel.set_title(f"{WHAT[kind]}, 4:1{shade}", fontsize=9)
         panel.set_xlabel("layer", fontsize=8)
         panel.set_ylabel("IoU with flat", fontsize=8)
         panel.set_ylim(0, 1)

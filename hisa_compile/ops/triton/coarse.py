@@ -1,7 +1,8 @@
 """The coarse stage: scores of block representatives for every query.
 
 Floor: 2 * S * M * H * D operations in the means' dtype, 8.6 GFLOP for 1024 queries at 64K tokens, 12 microseconds at
-the 690 TFLOP/s of a large bfloat16 product; it takes 29 there, :mod:`.coarse_hopper` 19 (an H100, docs/kernels.md).
+the 690 TFLOP/s of a large bfloat16 product; it took 29 there (a note), :mod:`.coarse_hopper` takes 19 (an H100,
+docs/kernels.md).  Wide queries: 8 MiB read and 16 written, 8 microseconds at 3 TB/s, which they take.
 With spreads behind the means the floor is 25, and it takes 65 (float8 78).
 
 A tile of means stays where it is and queries go past it, since means are read once then and queries come from the L2

@@ -13,8 +13,8 @@ of an H100 if nothing else happens, in float8; what comes on top is what this ke
 - 128 registers a thread in float8, so that four programs share a multiprocessor and one adds up while others multiply.
 
 Floor of the refinement: 2 * S * m * B * H * D operations, 137 GFLOP for 1024 queries, 104 microseconds at the 1326
-TFLOP/s of a large float8 product; it takes 146, and products with sums alone 128: an H100 at the limit of its power
-(docs/kernels.md).
+TFLOP/s of a large float8 product; it takes 150, launched from the host 156, and products with sums alone 128: an H100
+at the limit of its power (docs/kernels.md).
 
 The bits are those of :mod:`.refine` and :mod:`.coarse`: what works on layouts that are given already is called from
 the same modules, what makes layouts has to say which, and so is written here.

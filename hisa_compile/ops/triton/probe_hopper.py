@@ -1,7 +1,9 @@
 """The probe's scores of blocks for NVIDIA's sm_90 where windows alone say what is visible, see :mod:`.probe`.
 
 What Triton's own version waits for, this one does not: keys are copied by the tensor memory accelerator while the tile
-before is multiplied, both heads of 64 rows stay in registers, and each thread stores what it has added up.
+before is multiplied, both heads of 64 rows stay in registers, and each thread stores what it has added up.  It takes 62
+microseconds for 1024 queries at 64K tokens in float8, 75 in bfloat16 (an H100, docs/kernels.md), that one 63 to 66 and
+more; floor: see there.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 them next.
 
 :mod:`.select`, for any GPU, first writes columns and then reads these, their scores and their blocks again: which
-thread writes what is not its to say.  That is a quarter of its instructions and three waits for memory.
+thread writes what is not its to say.  That is a quarter of its instructions and three waits for memory.  Floor: see
+there; 37 microseconds for 2048 of 8192 columns, 1024 rows (an H100, docs/kernels.md).
 """
 
 from __future__ import annotations
