@@ -11,8 +11,8 @@ import argparse
 import contextlib
 import gc
 import json
-import re
 import os
+import re
 import shlex
 import statistics
 import sys
