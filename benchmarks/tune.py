@@ -86,6 +86,7 @@ VARIATIONS: dict[str, tuple[dict[str, int | None], ...]] = {
     "refine_by_row_hopper": ({"stages": 3}, {"stages": 3, "maxnreg": 168, "programs": 384}, {"maxnreg": 96}),
     "select_blocks": ({"num_warps": 1}, {"num_warps": 2}, {"num_warps": 4}),
     "select_tokens": ({"num_warps": 4}, {"num_warps": 8}, {"num_warps": 16}),
+    "select_shared_hopper": ({"maxnreg": 96}, {"num_warps": 4}, {"num_warps": 8, "maxnreg": 64}),
     "select_few_tokens": ({"num_warps": 4}, {"num_warps": 16}),
     "sort": ({"num_warps": 4}, {"num_warps": 16}),
 }

@@ -54,6 +54,7 @@ ERRORS_FOUND = 99
 # What runs on sm_90 alone; every other kernel of the package runs on every GPU.
 ON_HOPPER = {"refine_by_block_hopper_kernel", "coarse_hopper_kernel", "widen_queries_kernel"}
 ON_HOPPER |= {"probe_blocks_hopper_kernel", "refine_by_row_hopper_kernel", "select_tokens_hopper_kernel"}
+ON_HOPPER |= {"select_shared_hopper_kernel"}
 
 
 class Sizes(NamedTuple):
@@ -73,6 +74,8 @@ BY_BLOCK, BY_ROW, ALL_KEPT = Sizes(), Sizes(queries=3), Sizes(block_topk=8)
 LONG = Sizes(queries=2, tokens=9000, heads=16, dim=32, topk=4500, block_topk=71, batch=1)
 # A program holds no row as long as that; without it LONG is the longest that one holds.
 LONGER = {"config": {"SELECT_ROW": 8192, "FEW_PAIRS": 0}}
+# More than few, which sm_90 selects among in another way.
+MANY_ROWS = {"config": {"FEW_SELECTIONS": 1}}
 SMALL_BLOCKS = Sizes(block_size=32, block_topk=7)
 WHOLE_TILES = Sizes(heads=64, dim=128, tokens=1024, batch=1)
 # More than the eight outer blocks that are kept with block_topk = 2.
@@ -130,6 +133,13 @@ CASES: dict[str, tuple[Sizes, torch.dtype, dict[str, Any]]] = {
         {"everything": True},
     ),
     "rows in registers, merged": (LONG, torch.bfloat16, {}),
+    "rows in shared memory, merged": (LONG, torch.bfloat16, MANY_ROWS),
+    "rows in shared memory, ties": (LONG._replace(topk=300), torch.bfloat16, {"ties": True} | MANY_ROWS),
+    "rows of candidates in shared memory": (
+        LONG._replace(topk=300, block_topk=66),
+        FP8,
+        {"sorted": False} | MANY_ROWS,
+    ),
     "long rows, merged": (LONG, torch.bfloat16, LONGER),
     "long rows, ties": (LONG._replace(topk=300), torch.bfloat16, {"ties": True} | LONGER),
     "long rows of blocks": (LONG._replace(topk=50, block_size=1, block_topk=64), torch.float16, {}),

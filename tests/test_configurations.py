@@ -89,7 +89,7 @@ def test_every_architecture_has_a_row_for_every_shape(architecture: Any) -> None
                     assert how.stages >= 1
                     assert how.programs >= 1
     for entries in (1, 16, 512, 513, 4096, 8192, 10**6):
-        for kernel in ("select_blocks", "select_tokens", "select_few_tokens"):
+        for kernel in ("select_blocks", "select_tokens", "select_shared_hopper", "select_few_tokens"):
             assert config.select_launch(kernel, entries, architecture).num_warps >= 1
         assert config.sort_launch(entries, architecture).num_warps >= 1
 
@@ -122,6 +122,8 @@ def test_rows_of_the_field() -> None:
             assert config.select_launch("select_tokens", columns, architecture)[1:3] == expected
         for columns, expected in ((512, (1, None)), (2048, (4, None)), (8192, (8, 128)), (16384, (8, 128))):
             assert config.select_launch("select_few_tokens", columns, architecture)[1:3] == expected
+        for columns, expected in ((8192, (4, 80)), (16384, (8, 80))):
+            assert config.select_launch("select_shared_hopper", columns, architecture)[1:3] == expected
         assert [config.sort_launch(2**n, architecture).num_warps for n in (0, 9, 11, 12)] == [8, 8, 8, 8]
 
 

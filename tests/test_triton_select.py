@@ -33,6 +33,7 @@ from hisa_compile.ops.triton.kth import (  # noqa: E402
 from hisa_compile.ops.triton.overlap import APART  # noqa: E402
 from hisa_compile.ops.triton.select import select_blocks_kernel, select_tokens_kernel  # noqa: E402
 from hisa_compile.ops.triton.select_hopper import keep_blocks, select_tokens_hopper_kernel  # noqa: E402
+from hisa_compile.ops.triton.select_shared_hopper import select_shared_hopper_kernel  # noqa: E402
 from hisa_compile.ops.triton.sizes import power_of_2  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or a process started with TRITON_INTERPRET=1")
@@ -107,6 +108,12 @@ KINDS = {
     "all equal": lambda size, g: of(12345).repeat(size),
     "all NaN": lambda size, g: of(NAN).repeat(size),
     "an outlier": lambda size, g: torch.cat([of(NAN - 1), gaussian(size - 1, g) // 2**20]),
+    # Scores that are 1.0, -1.0 and the next few to them; and those next to 0.0, most of them subnormal.
+    "neighbours": lambda size, g: (
+        of(2**30 - 2**23, 2**23 - 2**30 - 1)[torch.randint(0, 2, [size], generator=g)]
+        + torch.randint(-3, 4, [size], generator=g).int()
+    ),
+    "tiny": lambda size, g: torch.randint(-(2**24), 2**24, [size], generator=g).int(),
     "rising": lambda size, g: torch.arange(size, dtype=torch.int32) - size // 2,
 }
 
@@ -159,15 +166,17 @@ def test_one_visible_key_among_hidden_ones(tile: int) -> None:
 
 
 def rows_of_kinds(columns: int, generator: torch.Generator) -> Tensor:
-    """A row of each kind, all of it visible, half, and next to nothing."""
+    """A row of each kind, all of it visible, half, and next to nothing; keys that scores have: of NaN there is one."""
     rows = torch.stack([KINDS[kind](columns, generator) for kind in sorted(KINDS)]).repeat(3, 1)
+    infinity = 0x7F800000
+    rows = torch.where(rows > infinity, NAN, rows).clamp(min=-1 - infinity)
     visible = torch.tensor([1.0, 0.5, 3 / columns]).repeat_interleave(len(KINDS))[:, None]
     return torch.where(torch.rand(rows.shape, generator=generator) < visible, rows, HIDDEN)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90")
-@pytest.mark.parametrize("rows_class", ["select_tokens", "select_few_tokens"])
+@pytest.mark.parametrize("rows_class", ["select_tokens", "select_few_tokens", "select_shared_hopper"])
 @pytest.mark.parametrize("final", [True, False], ids=["final", "to be sorted"])
 @pytest.mark.parametrize("block_size", [0, 4, 16, 32, 128, 256])
 @pytest.mark.parametrize("columns", [128, 200, 256, 512, 700, 1024, 2048, 4000, 8192, 9000, 16384])
@@ -190,12 +199,15 @@ def test_hoppers_selection_writes_the_same(columns: int, block_size: int, final:
     start[::2], end[::2] = 0, columns
     tile = power_of_2(columns)
     how = config.select_launch(rows_class, columns, 90)
-    if tile < 128 * how.num_warps:
-        how = how._replace(num_warps=tile // 128)
+    shared = rows_class == "select_shared_hopper"
+    # Of tiles that a call has only on other GPUs, or by other kernels, as many warps as have columns.
+    tile = max(tile, 512) if shared else tile
+    how = how._replace(num_warps=min(how.num_warps, tile // (512 if shared else 128)))
+    of_hopper = select_shared_hopper_kernel if shared else select_tokens_hopper_kernel
     for k in sorted({1, columns // 4, columns}):
         for mark_hidden, counted in ((False, False), (True, False), (False, True)):
             written = []
-            for kernel in (select_tokens_kernel, select_tokens_hopper_kernel):
+            for kernel in (select_tokens_kernel, of_hopper):
                 indices, out = torch.full((2, rows, k), -7, dtype=torch.int32, device=DEVICE)
                 selected_count = torch.full([rows], -7, dtype=torch.int32, device=DEVICE) if counted else None
                 work = gpu.strided("start", start, "bs") | gpu.strided("end", end, "bs")

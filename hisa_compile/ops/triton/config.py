@@ -33,6 +33,8 @@ LONG_SAMPLE = 2048
 LONG_COLUMNS = 2**17
 # No more than two rows to each of 132 multiprocessors: what selecting among them takes is waiting.
 FEW_SELECTIONS = 264
+# Tiles from which on sm_90 has the scores of a row in shared memory, where there are more rows than that.
+SHARED_COLUMNS = 8192
 # Selected entries that one step turns into positions and scores.
 EMIT_TILE = 2048
 # Tokens that one step of the search for hidden tokens looks at.
@@ -222,7 +224,8 @@ def _wide_launch(kernel: str, entries: int, architecture: Architecture) -> Launc
 
 
 def select_launch(kernel: str, columns: int, architecture: Architecture) -> Launch:
-    """``kernel``: "select_blocks", "select_tokens" or "select_few_tokens", among so many columns."""
+    """``kernel``: "select_blocks", "select_tokens", that of sm_90's many long rows, "select_shared_hopper", or
+    "select_few_tokens", among so many columns."""
     return _wide_launch(kernel, columns, architecture)
 
 

@@ -41,11 +41,12 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "refine_by_row_hopper": ("stages", "maxnreg", "programs"),
     "select_blocks": ("num_warps", "maxnreg"),
     "select_tokens": ("num_warps", "maxnreg"),
+    "select_shared_hopper": ("num_warps", "maxnreg"),
     "select_few_tokens": ("num_warps", "maxnreg"),
     "sort": ("num_warps",),
 }
 # Those that know no heads: their classes are widths.
-WIDE = ("select_blocks", "select_tokens", "select_few_tokens", "sort")
+WIDE = ("select_blocks", "select_tokens", "select_shared_hopper", "select_few_tokens", "sort")
 # Those whose registers go by the tokens of a tile: a product of 64 takes half of what one of 128 does.
 TILED = ("refine_by_block_hopper",)
 # Entries of a row, or of a tile of one, at most; the last class has all that are longer, too.
@@ -135,6 +136,9 @@ _ANYWHERE: Rows = {
     Shape("select_tokens", width=2048): Configuration(num_warps=4),
     # Reading rows for many programs, which wants many threads at once.
     Shape("select_tokens", width=32768): Configuration(num_warps=8, maxnreg=80),
+    # Six rows share a multiprocessor, of 16384 three.
+    Shape("select_shared_hopper"): Configuration(num_warps=8, maxnreg=80),
+    Shape("select_shared_hopper", width=8192): Configuration(num_warps=4, maxnreg=80),
     Shape("select_few_tokens"): Configuration(num_warps=8, maxnreg=128),
     Shape("select_few_tokens", width=512): Configuration(num_warps=1),
     Shape("select_few_tokens", width=1024): Configuration(num_warps=4),

@@ -163,17 +163,12 @@ def _cut(low, at_low, above_high, wanted):
 
 
 @triton.jit
-def kth_key(keys, wanted, one):
-    """(threshold, ties, count) for the best ``wanted`` of ``keys`` int32 [.., ..].
+def narrow(source, low, high, total, wanted, one, COUNT: tl.constexpr, DRAW_IN: tl.constexpr):
+    """(threshold, ties) for the best ``wanted`` <= ``total`` of so many keys, all of them in [low, high].
 
-    ``count`` is ``wanted``, or how many are not HIDDEN_KEY if these are fewer.  ``one``: see :func:`one_of`.
+    COUNT(source, pivot, one) is how many of them are >= pivot, DRAW_IN(source, low, high) the least and the greatest
+    key that there are in a bracket.
     """
-    high = tl.max(keys, axis=None)
-    # HIDDEN_KEY - 1 is the greatest integer, so that the least of the others is found; without others it is itself.
-    least = tl.min(tl.sub(keys, 1, sanitize_overflow=False), axis=None)
-    low = tl.add(least, 1, sanitize_overflow=False)
-    total = how_many(keys != HIDDEN_KEY, one)
-    wanted = tl.minimum(wanted, total)
     at_low = total
     above_high = wanted * 0
     z_low = _quantile(at_low, total)
@@ -183,16 +178,45 @@ def kth_key(keys, wanted, one):
     halve = step > 0
     while (low < high) & (at_low != wanted):
         if (step >= _DRAWN_IN) & (step % 4 == 0):
-            drawn_in = tl.min(tl.where(keys < low, high, keys), axis=None)
-            high = tl.max(tl.where(keys > high, low, keys), axis=None)
-            low = drawn_in
+            low, high = DRAW_IN(source, low, high)
         pivot = _next_pivot(low, high, z_low, z_high, z_wanted, step, halve)
-        reached = how_many(keys >= pivot, one)
+        reached = COUNT(source, pivot, one)
         low, high, at_low, above_high, z_low, z_high, halve = _narrowed(
             low, high, at_low, above_high, z_low, z_high, wanted, total, step, halve, pivot, reached
         )
         step += 1
-    threshold, ties = _cut(low, at_low, above_high, wanted)
+    return _cut(low, at_low, above_high, wanted)
+
+
+@triton.jit
+def _count_held(keys, pivot, one):
+    return how_many(keys >= pivot, one)
+
+
+@triton.jit
+def _draw_in_held(keys, low, high):
+    drawn_in = tl.min(tl.where(keys < low, high, keys), axis=None)
+    return drawn_in, tl.max(tl.where(keys > high, low, keys), axis=None)
+
+
+@triton.jit
+def before_least(keys):
+    """Each key less one, the greatest integer of HIDDEN_KEY: the least of these is found without asking which are."""
+    return tl.sub(keys, 1, sanitize_overflow=False)
+
+
+@triton.jit
+def kth_key(keys, wanted, one):
+    """(threshold, ties, count) for the best ``wanted`` of ``keys`` int32 [.., ..].
+
+    ``count`` is ``wanted``, or how many are not HIDDEN_KEY if these are fewer.  ``one``: see :func:`one_of`.
+    """
+    high = tl.max(keys, axis=None)
+    # Without others it is HIDDEN_KEY itself.
+    low = tl.add(tl.min(before_least(keys), axis=None), 1, sanitize_overflow=False)
+    total = how_many(keys != HIDDEN_KEY, one)
+    wanted = tl.minimum(wanted, total)
+    threshold, ties = narrow(keys, low, high, total, wanted, one, _count_held, _draw_in_held)
     return threshold, ties, wanted
 
 
@@ -225,49 +249,48 @@ def but(keys, column, first, last):
 
 
 @triton.jit
+def _read_again(source, base):
+    scores_ptr, first, past, skip_first, skip_last, TILE = source
+    keys = load_tile_keys(scores_ptr, base, first, past, TILE)
+    return but(keys, tile_columns(base, TILE), skip_first, skip_last)
+
+
+@triton.jit
+def _count_in_memory(source, pivot, one):
+    _, first, past, _, _, TILE = source
+    count = pivot * 0
+    for base in range(first // TILE * TILE, past, TILE):
+        count += how_many(_read_again(source, base) >= pivot, one)
+    return count
+
+
+@triton.jit
+def _draw_in_memory(source, low, high):
+    _, first, past, _, _, TILE = source
+    least = high
+    most = low
+    for base in range(first // TILE * TILE, past, TILE):
+        keys = _read_again(source, base)
+        least = tl.minimum(least, tl.min(tl.where(keys < low, high, keys), axis=None))
+        most = tl.maximum(most, tl.max(tl.where(keys > high, low, keys), axis=None))
+    return least, most
+
+
+@triton.jit
 def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, one, TILE: tl.constexpr):
     """:func:`kth_key` of a row that is read again for every step."""
-    at_low = wanted * 0
+    source = (scores_ptr, first, past, skip_first, skip_last, TILE)
+    total = wanted * 0
     high = wanted * 0 + HIDDEN_KEY
     low = wanted * 0 + 2147483647
     for base in range(first // TILE * TILE, past, TILE):
-        column = tile_columns(base, TILE)
-        keys = but(load_tile_keys(scores_ptr, base, first, past, TILE), column, skip_first, skip_last)
+        keys = _read_again(source, base)
         present = keys != HIDDEN_KEY
-        at_low += how_many(present, one)
+        total += how_many(present, one)
         high = tl.maximum(high, tl.max(keys, axis=None))
         low = tl.minimum(low, tl.min(tl.where(present, keys, 2147483647), axis=None))
-    total = at_low
     wanted = tl.minimum(wanted, total)
-    low = tl.minimum(low, high)
-    above_high = wanted * 0
-    z_low = _quantile(at_low, total)
-    z_high = _quantile(above_high, total)
-    z_wanted = _quantile(wanted, total)
-    step = wanted * 0
-    halve = step > 0
-    while (low < high) & (at_low != wanted):
-        if (step >= _DRAWN_IN) & (step % 4 == 0):
-            least = high
-            most = low
-            for base in range(first // TILE * TILE, past, TILE):
-                column = tile_columns(base, TILE)
-                keys = but(load_tile_keys(scores_ptr, base, first, past, TILE), column, skip_first, skip_last)
-                least = tl.minimum(least, tl.min(tl.where(keys < low, high, keys), axis=None))
-                most = tl.maximum(most, tl.max(tl.where(keys > high, low, keys), axis=None))
-            low = least
-            high = most
-        pivot = _next_pivot(low, high, z_low, z_high, z_wanted, step, halve)
-        count = wanted * 0
-        for base in range(first // TILE * TILE, past, TILE):
-            column = tile_columns(base, TILE)
-            keys = but(load_tile_keys(scores_ptr, base, first, past, TILE), column, skip_first, skip_last)
-            count += how_many(keys >= pivot, one)
-        low, high, at_low, above_high, z_low, z_high, halve = _narrowed(
-            low, high, at_low, above_high, z_low, z_high, wanted, total, step, halve, pivot, count
-        )
-        step += 1
-    threshold, ties = _cut(low, at_low, above_high, wanted)
+    threshold, ties = narrow(source, tl.minimum(low, high), high, total, wanted, one, _count_in_memory, _draw_in_memory)
     return threshold, ties, wanted
 
 

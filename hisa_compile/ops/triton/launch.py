@@ -384,6 +384,10 @@ class _Call:
         """The best tokens of each row, and others where it has too few."""
         few = self.plan.one_tile and chunk.rows <= config.FEW_SELECTIONS
         selection = "select_few_tokens" if few else "select_tokens"
+        # Four neighbours are of one block.
+        hopper = self.hopper and self.plan.one_tile and (self.block_size % 4 == 0 or not self.plan.prune)
+        if hopper and not few and power_of_2(self.plan.columns) >= config.SHARED_COLUMNS:
+            selection = "select_shared_hopper"
         how = config.select_launch(selection, self.plan.columns, self.architecture)
         of_rows = self.window | at | {"token_scores_ptr": self.space.score_bits, "pitch": self.plan.pitch}
         of_rows |= {"kept_count_ptr": self.space.kept["kept_count_ptr"], "BLOCK_SIZE": self.block_size}
@@ -407,10 +411,12 @@ class _Call:
         work |= {"segments": self.plan.segments, "selected_count_ptr": self.space.selected_count, "K": self.width}
         work |= {"FINAL": not self.sorted, "MARK_HIDDEN": self.mark_hidden, "ONE_TILE": self.plan.one_tile}
         work["K_TILE"] = min(power_of_2(self.width), config.EMIT_TILE)
-        # Four neighbours are of one block, and each warp has columns.
-        fits = (self.block_size % 4 == 0 or not self.plan.prune) and of_rows["TILE"] >= 128 * how.num_warps
-        if self.plan.one_tile and self.hopper and fits:
-            # Gluon is young: only who needs it depends on it.
+        # Gluon is young: only who needs it depends on it.
+        if selection == "select_shared_hopper":
+            from .select_shared_hopper import select_shared_hopper_kernel as kernel
+
+            work = gpu.only(work, kernel)
+        elif hopper and of_rows["TILE"] >= 128 * how.num_warps:
             from .select_hopper import select_tokens_hopper_kernel as kernel
 
             work = gpu.only(work, kernel)

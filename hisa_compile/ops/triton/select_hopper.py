@@ -25,51 +25,73 @@ _RUN = gl.constexpr(128)
 
 
 @gluon.constexpr_function
-def _held(warps):
+def held_layout(warps):
     """The layout of a row's columns as [.., FOUR, warps, 32, 4]: runs go to the warps in turn."""
     return gl.BlockedLayout([1, 1, 1, 1, 4], [1, 1, 1, 32, 1], [1, 1, warps, 1, 1], [4, 3, 2, 1, 0])
 
 
 @gluon.jit
-def _add(a, b):
+def add(a, b):
     return a + b
 
 
+@gluon.constexpr_function
+def lanes_layout(warps):
+    """That of [.., FOUR, warps, 32], a value for each four columns."""
+    return gl.SliceLayout(4, held_layout(warps))
+
+
 @gluon.jit
-def _before(counts):
-    """The sum of ``counts``, each 0 or 1, before each column; both [.., FOUR, warps, 32, 4], see :func:`_held`."""
-    OUTER: gl.constexpr = counts.shape[0]
-    FOUR: gl.constexpr = counts.shape[1]
-    WARPS: gl.constexpr = counts.shape[2]
+def of_each_run(FOUR: gl.constexpr):
+    """[1, FOUR, 1]: how far up the byte is in which each of four runs counts."""
+    of_runs: gl.constexpr = gl.SliceLayout(3, lanes_layout(gl.num_warps()))
+    return 8 * gl.arange(0, FOUR, layout=gl.SliceLayout(0, gl.SliceLayout(2, of_runs)))[None, :, None]
+
+
+@gluon.jit
+def before_fours(packed, FOUR: gl.constexpr):
+    """(what is counted before each four columns of their run, [.., FOUR, warps, 32]; before each run,
+    [.., FOUR, warps]; in all) of what each thread counts in FOUR runs: bytes of integers [.., warps, 32].
+    """
+    OUTER: gl.constexpr = packed.shape[0]
+    WARPS: gl.constexpr = packed.shape[1]
     RUNS: gl.constexpr = OUTER * FOUR * WARPS
-    held: gl.constexpr = _held(WARPS)
-    of_lanes: gl.constexpr = gl.SliceLayout(4, held)
+    of_lanes: gl.constexpr = lanes_layout(WARPS)
     of_runs: gl.constexpr = gl.SliceLayout(3, of_lanes)
-    # Of four runs one integer is made: a byte holds what a run counts.
-    shift = 8 * gl.arange(0, FOUR, layout=gl.SliceLayout(0, gl.SliceLayout(2, of_runs)))[None, :, None]
-    packed = gl.sum(gl.sum(counts, axis=4) << shift[:, :, :, None], axis=1)
+    shift = of_each_run(FOUR)
     # The same layout by another name, of which the compiler knows how to add up.
     flat: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
-    inside = gl.associative_scan(gl.convert_layout(packed, flat, assert_trivial=True), 2, _add)
+    inside = gl.associative_scan(gl.convert_layout(packed, flat, assert_trivial=True), 2, add)
     inside = gl.convert_layout(inside, gl.SliceLayout(1, of_lanes), assert_trivial=True) - packed
     inside = (inside[:, None, :, :] >> shift[:, :, :, None]) & 255
     # Of each run what the runs before it count, which each warp adds up for itself.
     total = (gl.sum(packed[:, None, :, :], axis=3) >> shift) & 255
     near: gl.constexpr = gl.BlockedLayout([max(1, RUNS // 32)], [32], [WARPS], [0])
     total = gl.convert_layout(gl.reshape(total, [RUNS]), near)
-    earlier = gl.reshape(gl.associative_scan(total, 0, _add) - total, [OUTER, FOUR, WARPS])
-    inside += gl.convert_layout(earlier, of_runs)[:, :, :, None]
-    return inside[:, :, :, :, None] + gl.associative_scan(counts, 4, _add) - counts
+    so_far = gl.associative_scan(total, 0, add)
+    earlier = gl.reshape(so_far - total, [OUTER, FOUR, WARPS])
+    return inside, gl.convert_layout(earlier, of_runs), gl.max(so_far, axis=0)
 
 
 @gluon.jit
-def _columns(TILE: gl.constexpr):
-    """(the first of each four columns [.., FOUR, warps, 32], 0 to 3 along the last dimension), see :func:`_held`."""
+def before_each(counts):
+    """(the sum of ``counts``, each 0 or 1, before each column; of all), see :func:`held_layout`."""
+    FOUR: gl.constexpr = counts.shape[1]
+    # Of four runs one integer is made: a byte holds what a run counts.
+    packed = gl.sum(gl.sum(counts, axis=4) << of_each_run(FOUR)[:, :, :, None], axis=1)
+    inside, earlier, total = before_fours(packed, FOUR)
+    inside += earlier[:, :, :, None]
+    return inside[:, :, :, :, None] + gl.associative_scan(counts, 4, add) - counts, total
+
+
+@gluon.jit
+def held_columns(TILE: gl.constexpr):
+    """(the first of each four columns [.., FOUR, warps, 32], 0 to 3 along the last dimension): :func:`held_layout`."""
     WARPS: gl.constexpr = gl.num_warps()
     FOUR: gl.constexpr = min(4, TILE // (_RUN * WARPS))
     OUTER: gl.constexpr = TILE // (_RUN * WARPS * FOUR)
-    held: gl.constexpr = _held(WARPS)
-    of_lanes: gl.constexpr = gl.SliceLayout(4, held)
+    held: gl.constexpr = held_layout(WARPS)
+    of_lanes: gl.constexpr = lanes_layout(WARPS)
     of_runs: gl.constexpr = gl.SliceLayout(3, of_lanes)
     outer = gl.arange(0, OUTER, layout=gl.SliceLayout(1, gl.SliceLayout(2, of_runs)))
     four = gl.arange(0, FOUR, layout=gl.SliceLayout(0, gl.SliceLayout(2, of_runs)))
@@ -81,20 +103,21 @@ def _columns(TILE: gl.constexpr):
 
 
 @gluon.jit
-def _one_a_thread():
+def one_a_thread():
     """0, 1, 2, ..., one for each thread."""
     WARPS: gl.constexpr = gl.num_warps()
     return gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
 
 
 @gluon.jit
-def _write(columns_ptr, values_ptr, column, keys, values, threshold, one):
-    """Columns and values of the keys above the threshold, side by side."""
-    place = _before(gl.where(keys > threshold, one, 0))
+def write_selected(columns_ptr, values_ptr, column, keys, values, threshold, one):
+    """Columns and values of the keys above the threshold, side by side; returns how many there are."""
+    place, count = before_each(gl.where(keys > threshold, one, 0))
     # Once more, which takes less than to keep the answers; the compiler cannot know that it is.
     taken = keys > threshold + (one - 1)
     gl.store(columns_ptr + place, column, mask=taken)
     gl.store(values_ptr + place, values, mask=taken)
+    return count
 
 
 @gluon.jit
@@ -102,7 +125,7 @@ def _first_of_equal(keys, threshold, ties, one):
     """(keys, threshold) without ties: of those equal to it the first are selected, as if they were above it."""
     if ties != 0:
         equal = keys == threshold
-        rank = _before(gl.where(equal, one, 0))
+        rank, _ = before_each(gl.where(equal, one, 0))
         keys = gl.where(equal & (rank >= ties), HIDDEN_KEY, keys)
         threshold -= 1
     return keys, threshold
@@ -121,7 +144,7 @@ def keep_blocks(
     """
     first_block = (start // BLOCK_SIZE).to(gl.int32)
     past_block = gl.where(start < end, (end + BLOCK_SIZE - 1) // BLOCK_SIZE, 0).to(gl.int32)
-    of_four, element = _columns(TILE)
+    of_four, element = held_columns(TILE)
     column = of_four[:, :, :, :, None] + element
     keys = load_keys(scores_ptr, column, first_block, past_block)
     # The first and the last eligible block; none at all leaves first > last.
@@ -133,14 +156,15 @@ def keep_blocks(
     threshold, ties, count = kth_key(keys, block_topk - always, one)
     keys, threshold = _first_of_equal(keys, threshold, ties, one)
     # The two that are always kept are not among the keys: nothing eligible lies before one or behind the other.
-    place = _before(gl.where(keys > threshold, one, 0)) + gl.where(column > first, 1, 0)
+    place, _ = before_each(gl.where(keys > threshold, one, 0))
+    place += gl.where(column > first, 1, 0)
     inside = (column >= first_block) & (column < past_block)
     taken = (keys > threshold + (one - 1)) | ((column == first) | (column == last)) & inside
     gl.store(kept_ptr + place, column, mask=taken)
     kept = count + always
     gl.store(kept_count_ptr, kept)
     # Read before it is known how many there are.
-    near = _one_a_thread()
+    near = one_a_thread()
     THREADS: gl.constexpr = near.shape[0]
     for base in range(kept // THREADS * THREADS, block_topk, THREADS):
         slot = base + near
@@ -148,6 +172,21 @@ def keep_blocks(
     fence_async_shared()
     barrier()
     return kept
+
+
+@gluon.jit
+def count_or_fill(
+    start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, indices_ptr, keys_ptr, selected_count_ptr,
+    selected, first_row, row, S, T, K, FINAL: gl.constexpr, MARK_HIDDEN: gl.constexpr,
+):  # fmt: skip
+    """How many of a row are selected, for who fills it up; or, without a place for it, a row of too few is filled here,
+    from outside its window.  indices_ptr, keys_ptr: the row's."""
+    if selected_count_ptr is not None:
+        gl.store(selected_count_ptr + row, selected)
+    elif selected < K:
+        _, batch, query_index = row_coordinates(first_row, row, S)
+        start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
+        fill_outside_window(indices_ptr, keys_ptr, selected, start, end, K, one_a_thread(), FINAL, MARK_HIDDEN)
 
 
 @gluon.jit(do_not_specialize=["first_row", "S", "T", "block_topk", "K"])
@@ -172,7 +211,7 @@ def select_tokens_hopper_kernel(
     indices_ptr += (row.to(gl.int64) + first_row) * K
     keys_ptr += (row.to(gl.int64) + first_row) * K
 
-    of_four, element = _columns(TILE)
+    of_four, element = held_columns(TILE)
     column = of_four[:, :, :, :, None] + element
     one = one_of(K)
     if (first <= 0) & (past >= TILE):
@@ -187,12 +226,10 @@ def select_tokens_hopper_kernel(
         position = (block * BLOCK_SIZE + of_four % BLOCK_SIZE)[:, :, :, :, None] + element
     # From 0.0 on a score's key is its bits.
     if FINAL and threshold < 0:
-        _write(indices_ptr, keys_ptr, position, keys, stored_key(keys), threshold, one)
+        write_selected(indices_ptr, keys_ptr, position, keys, stored_key(keys), threshold, one)
     else:
-        _write(indices_ptr, keys_ptr, position, keys, keys, threshold, one)
-    if selected_count_ptr is not None:
-        gl.store(selected_count_ptr + row, selected)
-    elif selected < K:
-        _, batch, query_index = row_coordinates(first_row, row, S)
-        start, end = row_window(start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, batch, query_index, T)
-        fill_outside_window(indices_ptr, keys_ptr, selected, start, end, K, _one_a_thread(), FINAL, MARK_HIDDEN)
+        write_selected(indices_ptr, keys_ptr, position, keys, keys, threshold, one)
+    count_or_fill(
+        start_ptr, start_sb, start_ss, end_ptr, end_sb, end_ss, indices_ptr, keys_ptr, selected_count_ptr,
+        selected, first_row, row, S, T, K, FINAL, MARK_HIDDEN,
+    )  # fmt: skip
