@@ -250,14 +250,15 @@ def but(keys, column, first, last):
 
 @triton.jit
 def _read_again(source, base):
-    scores_ptr, first, past, skip_first, skip_last, TILE = source
-    keys = load_tile_keys(scores_ptr, base, first, past, TILE)
-    return but(keys, tile_columns(base, TILE), skip_first, skip_last)
+    scores_ptr, first, past, skip_first, skip_last, columns = source
+    keys = load_tile_keys(scores_ptr, base, first, past, columns.numel)
+    return but(keys, base + columns, skip_first, skip_last)
 
 
 @triton.jit
 def _count_in_memory(source, pivot, one):
-    _, first, past, _, _, TILE = source
+    _, first, past, _, _, columns = source
+    TILE: tl.constexpr = columns.numel
     count = pivot * 0
     for base in range(first // TILE * TILE, past, TILE):
         count += how_many(_read_again(source, base) >= pivot, one)
@@ -266,7 +267,8 @@ def _count_in_memory(source, pivot, one):
 
 @triton.jit
 def _draw_in_memory(source, low, high):
-    _, first, past, _, _, TILE = source
+    _, first, past, _, _, columns = source
+    TILE: tl.constexpr = columns.numel
     least = high
     most = low
     for base in range(first // TILE * TILE, past, TILE):
@@ -279,7 +281,8 @@ def _draw_in_memory(source, low, high):
 @triton.jit
 def kth_key_in_memory(wanted, scores_ptr, first, past, skip_first, skip_last, one, TILE: tl.constexpr):
     """:func:`kth_key` of a row that is read again for every step."""
-    source = (scores_ptr, first, past, skip_first, skip_last, TILE)
+    # A tuple loses what is known when a kernel is compiled; a tile of columns tells its size.
+    source = (scores_ptr, first, past, skip_first, skip_last, tile_columns(0, TILE))
     total = wanted * 0
     high = wanted * 0 + HIDDEN_KEY
     low = wanted * 0 + 2147483647
