@@ -115,9 +115,7 @@ def test_rows_of_the_field() -> None:
         assert {how.stages for how in float32.values()} == {1}
         for columns, expected in ((64, (1, None)), (512, (1, None)), (513, (4, None)), (2048, (4, None))):
             assert config.select_launch("select_blocks", columns, architecture)[1:3] == expected
-        own = architecture == 90
-        many = {2048: (4, None), 2049: (8, 128), 16385: (8, 80), 65536: (8, 80)}
-        many |= {8192: (4, 168) if own else (8, 128), 16384: (8, 168) if own else (8, 128)}
+        many = {2048: (4, None), 2049: (8, 128), 16384: (8, 128), 16385: (8, 80), 65536: (8, 80)}
         for columns, expected in many.items():
             assert config.select_launch("select_tokens", columns, architecture)[1:3] == expected
         for columns, expected in ((512, (1, None)), (2048, (4, None)), (8192, (8, 128)), (16384, (8, 128))):

@@ -414,6 +414,24 @@ def test_small_blocks_go_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
         assert expected.get(block_size, "refine_by_row_hopper_kernel") in names
 
 
+def test_many_long_rows_are_selected_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 4097 columns on, of more than 264 rows; elsewhere, or where four neighbours may be of two blocks, not."""
+    shared = "select_shared_hopper_kernel"
+
+    def selection(**given: Any) -> list[str]:
+        arch = given.pop("arch", "sm_90")
+        launches = record(monkeypatch, torch.float8_e4m3fn, arch, **({"queries": 265, "sorted": False} | given))
+        selections = [recorded for recorded in launches if recorded[0].__name__.startswith("select_")][-1:]
+        check(selections, arch)
+        return [recorded[0].__name__ for recorded in selections]
+
+    for budget in (Budget(128, 64), Budget(128, 128), Budget(16, 257)):
+        assert selection(budget=budget) == [shared]
+    assert selection(budget=Budget(128, 256), tokens=9000, sorted=True) == [shared]
+    assert selection(queries=264) == selection(budget=Budget(128, 32)) == ["select_tokens_hopper_kernel"]
+    assert selection(arch="sm_100") == selection(budget=Budget(26, 256)) == ["select_tokens_kernel"]
+
+
 @pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize(("heads", "dim"), [(64, 128), (24, 80), (128, 16), (256, 128)])
 @pytest.mark.parametrize("dtype", ONE_OF_16_BITS[1:], ids=str)

@@ -149,16 +149,10 @@ _ANYWHERE: Rows = {
 TABLE: dict[Architecture, Rows] = {
     # Must have a row for every lookup.
     DEFAULT: _ANYWHERE,
-    # NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-22 (select_tokens 2026-11-23): by hand, at the
-    # sizes of docs/kernels.md; no other architecture has been measured, so they are the default as well.
-    90: _ANYWHERE
-    | {
-        # 2026-11-24, of the kernel that this architecture has for itself.  Three programs on a multiprocessor instead
-        # of two, each with half the threads to wait for each other, though some keys leave the registers.
-        Shape("select_tokens", width=8192): Configuration(num_warps=4, maxnreg=168),
-        # Twice the keys: one program, of whose keys fewer leave the registers, instead of two.
-        Shape("select_tokens", width=16384): Configuration(num_warps=8, maxnreg=168),
-    },
+    # NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-22 (select_tokens and select_shared_hopper
+    # 2026-11-24): by hand, at the sizes of docs/kernels.md; no other architecture has been measured, so they are the
+    # default as well.
+    90: _ANYWHERE,
 }
 
 
@@ -255,7 +249,7 @@ def parse_row(given: Any) -> tuple[Shape, Configuration]:
         raise ValueError(f"a row for {kernel} also has {', '.join(absent)}")
     shape = Shape(kernel, **{name: _value(name, given[name]) for name in classes if name in given})
     values: dict[str, Any] = {name: _value(name, given.get(name)) for name in fields}
-    if kernel.endswith("_hopper") and values["stages"] < 2:
+    if kernel.endswith("_hopper") and values.get("stages", 2) < 2:
         raise ValueError(f"stages of {kernel} are 2 to 8: it copies a query while it scores another")
     return shape, Configuration(**values)
 

@@ -411,8 +411,8 @@ class _Call:
         work |= {"segments": self.plan.segments, "selected_count_ptr": self.space.selected_count, "K": self.width}
         work |= {"FINAL": not self.sorted, "MARK_HIDDEN": self.mark_hidden, "ONE_TILE": self.plan.one_tile}
         work["K_TILE"] = min(power_of_2(self.width), config.EMIT_TILE)
-        # Gluon is young: only who needs it depends on it.
-        if selection == "select_shared_hopper":
+        # Gluon is young: only who needs it depends on it.  Each warp has columns.
+        if selection == "select_shared_hopper" and of_rows["TILE"] >= 512 * how.num_warps:
             from .select_shared_hopper import select_shared_hopper_kernel as kernel
 
             work = gpu.only(work, kernel)

@@ -1,10 +1,10 @@
 """Selection of blocks and tokens, exact, with the tie rule and the NaN order of the operator (see :mod:`.kth`).
 
 Floor of the selection of tokens: a row's scores are read once and K positions and scores written, 32 and 16 MiB for
-1024 rows, 16 microseconds at 3 TB/s, less from the L2 cache; it took 42, :mod:`.select_hopper` takes 37, for the search
-of the k-th key, bound by the latency of some six counts one after another, and for what goes where.  Floor of the
-selection of blocks: 512 scores a row, 2 MiB, nothing; it takes 7, at 8192 scores, 32 MiB and 11 of floor, 55 (an H100,
-docs/kernels.md).
+1024 rows, 16 microseconds at 3 TB/s, less from the L2 cache; it took 42, :mod:`.select_hopper` takes 37 and
+:mod:`.select_shared_hopper` 36, for the search of the k-th key, some six counts one after another, and for what goes
+where.  Floor of the selection of blocks: 512 scores a row, 2 MiB, nothing; it takes 7, at 8192 scores, 32 MiB and 11 of
+floor, 55 (an H100, docs/kernels.md).
 """
 
 from __future__ import annotations
