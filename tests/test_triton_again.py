@@ -51,7 +51,7 @@ def case(
         "q": torch.randn(batch, queries, 64, 128, generator=g).to(dtype),
         "k": torch.randn(batch, tokens, 128, generator=g).to(dtype),
         "weights": torch.randn(batch, queries, 64, generator=g),
-        "window_end": torch.randint(0, tokens, (batch, queries), generator=g).int(),
+        "window_end": torch.randint(0, max(tokens, 1), (batch, queries), generator=g).int(),
     }
     if dtype == FP8:
         given["k_scale"] = torch.randn(batch, tokens, generator=g)
@@ -194,6 +194,24 @@ def test_launches_are_those_of_a_call_of_its_own(
     assert_same_launches(first, through(first), made)
     for given in (second, third, first):
         assert_same_launches(given, repeated(given), alone(given))
+
+
+NOTHING: dict[str, Given] = {
+    "nothing selected": {"topk": 0},
+    "no queries": {"queries": 0},
+    "no sequences": {"batch": 0},
+    "no tokens": {"tokens": 0},
+}
+
+
+@pytest.mark.parametrize("more", NOTHING.values(), ids=NOTHING)
+def test_a_call_without_results_launches_nothing(more: Given) -> None:
+    given = case(0, FP8, **more)
+    shape = (*given["q"].shape[:2], min(given["topk"], given["k"].shape[1]))
+    for call in (alone, through, repeated):
+        results, launches = call(given)
+        assert [(x.dtype, tuple(x.shape)) for x in results] == [(torch.int32, shape), (torch.float32, shape)]
+        assert not launches
 
 
 @pytest.mark.parametrize("coarse", ["paper", "probe"])

@@ -475,6 +475,19 @@ def test_a_call_like_one_before_gives_its_own_result(dtype: torch.dtype, more: C
             assert_equal(canonical(*got), canonical(*run(other)))
 
 
+@pytest.mark.parametrize(
+    ("batch", "queries", "tokens", "topk"), [(0, 3, 40, 7), (2, 0, 40, 7), (2, 3, 0, 7), (2, 3, 40, 0)]
+)
+def test_a_call_without_results(batch: int, queries: int, tokens: int, topk: int) -> None:
+    """The first one and the one like it."""
+    case = gaussian_case(batch, queries, tokens, 4, 16, torch.bfloat16, topk=topk, block_size=4, block_topk=3)
+    shape = (batch, queries, min(topk, tokens))
+    for _ in range(2):
+        indices, scores = hisa_compile.indexer_topk(**case)
+        assert (indices.dtype, tuple(indices.shape), indices.device) == (torch.int32, shape, case["q"].device)
+        assert (scores.dtype, tuple(scores.shape), scores.device) == (torch.float32, shape, case["q"].device)
+
+
 @pytest.mark.alone
 def test_offsets_past_two_to_the_31() -> None:
     """More than 2^31 key elements: the far end of k gives what the same keys at the beginning give."""

@@ -70,6 +70,8 @@ def indexer_topk_triton(
     width = min(topk, tokens)
     indices = torch.empty((batch, queries, width), dtype=torch.int32, device=q.device)
     scores = torch.empty((batch, queries, width), dtype=torch.float32, device=q.device)
+    if record is not None:
+        record.results = indices, scores
     if indices.numel() == 0:
         return indices, scores
     with torch.cuda.device_of(q):
@@ -103,8 +105,6 @@ class _Call:
         record: Record | None,
     ) -> None:
         self.record = record
-        if record is not None:
-            record.results = indices, scores
         self.batch, self.queries, heads, self.dim = q.shape
         self.tokens, self.width = k.shape[1], indices.shape[2]
         self.device, self.dtype = q.device, q.dtype
