@@ -28,6 +28,7 @@ from .harness import OUT_OF_MEMORY, K
 STYLES = {
     "hisa fp8": ("#0072B2", "o"),
     "hisa bf16": ("#000000", "s"),
+    "default fp8": ("#882255", "x"),
     "flat fp8": ("#56B4E9", "^"),
     "TileLang HISA fp8": ("#009E73", "D"),
     "DeepGEMM + topk fp8": ("#E69F00", "v"),
@@ -36,7 +37,9 @@ STYLES = {
     "torch.compile": ("#D55E00", "P"),
     "with HISA": ("#0072B2", "o"),
 }
-OWN = ("hisa", "with HISA")
+# Where they lie on float8's line both are seen.
+LINES = {"hisa bf16": "--", "default fp8": ":"}
+OWN = ("hisa", "default", "with HISA")
 LEAST_MIB = 0.1  # 0 has no place on a logarithmic axis
 
 
@@ -70,7 +73,7 @@ def draw(axes: Any, panel: Panel) -> None:
             markersize=5,
             label=name,
             linewidth=2.2 if own else 1.3,
-            linestyle="--" if name == "hisa bf16" else "-",  # where it lies on float8's line both are seen
+            linestyle=LINES.get(name, "-"),
             zorder=3 if own else 2,
         )
         for length, row in found.items():

@@ -45,7 +45,7 @@ _RANK = 16
 # What one program of a GPU selects among.
 _LARGEST_SAMPLE = 8192
 # By default the probe may cost this share of the refinement's arithmetic: at it a call took 1.21 times as long as with
-# means in float8, 1.23 in bfloat16; with half of it 1.11 and 1.12 (an H100, benchmarks/results/coarse.md).
+# means in float8, 1.25 in bfloat16; with half of it 1.12 and 1.10 (an H100, benchmarks/results/coarse.md).
 PROBE_SHARE = 0.25
 # Neighbouring tokens of the sample are not a fixed distance apart, so that nothing that repeats is always met.
 JITTER = 7919
